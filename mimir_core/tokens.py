@@ -1,0 +1,30 @@
+"""What the language model hands to the fuser (and what travels on a MIMIR_TOKENS wire)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LlmTokens:
+    """Hidden states of one prompt. B batch, Lq prompt tokens, La answer tokens, K instructions, D model width."""
+
+    query: Tensor  # (B, Lq, D) at the prompt's own tokens, chat template cut off
+    answer: Tensor  # (B, La, D) at the generated tokens; La may be 0
+    instruction: Tensor  # (B, K, D) at the last position of prompt + instruction
+    pieces: list[str]  # text of each token, query then answer: Lq + La entries
+    prompt: str
+    answer_text: str
+    instructions: tuple[str, ...]  # K entries
+    layer: int  # which hidden state; -1 is the last one, after the final norm
+
+    def __post_init__(self) -> None:
+        found = (self.query.shape[1] + self.answer.shape[1], self.instruction.shape[1])
+        expected = (len(self.pieces), len(self.instructions))
+        if found != expected:
+            raise ValueError(f"hidden states for {found} (tokens, instructions), but {expected} are named")
+
+    def sequence(self) -> Tensor:
+        """(B, Lq + La, D): query tokens, then answer tokens."""
+        return torch.cat((self.query, self.answer), dim=1)
