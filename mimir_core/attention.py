@@ -1,7 +1,7 @@
 """One attention signature for every network, and the choice of a backend with its reason.
 
-Shapes: B batch, H heads, L query tokens, M key tokens, D head width. All tensors are (B, H, L, D); they may be
-strided views, so a caller that splits heads with `view(B, L, H, D).transpose(1, 2)` copies nothing.
+Shapes: B batch, H heads, L query tokens, M key tokens, D head width. All tensors are (B, H, L, D); they
+may be strided views, so a caller that splits heads with `view(B, L, H, D).transpose(1, 2)` copies nothing.
 """
 
 import logging
@@ -20,7 +20,13 @@ REMEDY = "install the xformers build made for this torch, or uninstall it"
 
 class Attention(Protocol):
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, options: Mapping[str, Any] | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: Tensor | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """q (B, H, L, D), k and v (B, H, M, D) -> (B, H, L, D).
 
@@ -41,7 +47,7 @@ def xformers_attention(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, options: Mapping[str, Any] | None = None
 ) -> Tensor:
     """xFormers, whose native layout is (B, L, H, D): the transposes are views. Masked calls go to `sdpa`."""
-    if mask is not None:  # xFormers wants an aligned, fully expanded bias: only the language model masks, and rarely
+    if mask is not None:  # xFormers wants an aligned, expanded bias, and only the language model masks
         return sdpa(q, k, v, mask=mask)
     import xformers.ops as xops
 
@@ -50,7 +56,7 @@ def xformers_attention(
 
 
 def choose_attention(device: torch.device | str) -> tuple[Attention, str]:
-    """The fastest attention that works on `device`, and the reason as a sentence, which is also logged once."""
+    """The fastest attention that works on `device`, and the reason as a sentence, also logged once."""
     chosen, reason = _choose(torch.device(device))
     if reason not in _logged:
         _logged.add(reason)
@@ -63,7 +69,7 @@ def _choose(device: torch.device) -> tuple[Attention, str]:
         return sdpa, f"Attention: PyTorch SDPA, because xFormers has no kernels for {device.type}."
     problem = _xformers_problem(device)
     if problem is None:
-        return xformers_attention, "Attention: xFormers memory-efficient attention, tried on this GPU and working."
+        return xformers_attention, "Attention: xFormers, tried on this GPU and working."
     return sdpa, f"Attention: PyTorch SDPA, because {problem}."
 
 
@@ -79,10 +85,10 @@ def _xformers_problem(device: torch.device) -> str | None:
         return f"xFormers does not import ({type(error).__name__}: {_first_line(error)}); {REMEDY}"
     try:
         q = torch.linspace(-1, 1, 32 * 2 * 64, device=device, dtype=torch.float16).view(1, 2, 32, 64)
-        error_size = (xformers_attention(q, q, q) - sdpa(q, q, q)).abs().max().item()
+        off = (xformers_attention(q, q, q) - sdpa(q, q, q)).abs().max().item()
     except Exception as error:  # noqa: BLE001  no kernel for this device or build
         return f"xFormers cannot run on this device ({type(error).__name__}: {_first_line(error)}); {REMEDY}"
-    return None if error_size < 1e-2 else f"xFormers gives wrong numbers here (off by {error_size:.2g}); {REMEDY}"
+    return None if off < 1e-2 else f"xFormers gives wrong numbers here (off by {off:.2g}); {REMEDY}"
 
 
 def _first_line(error: Exception) -> str:

@@ -1,8 +1,8 @@
 """Frozen configurations of every network, and the named sizes. One dataclass builds one model.
 
-Field names are those of the published checkpoints' config.json (diffusers for the DiT, transformers for Phi-3 and
-T5), so that a config.json can be read with `from_dict` as it is. Keys that describe training or software are
-ignored; keys that would change the network's function are refused when we do not implement them.
+Field names are those of the published checkpoints' config.json (diffusers for the DiT, transformers for Phi-3
+and T5), so that a config.json can be read with `from_dict` as it is. Keys that describe training or software
+are ignored; keys that would change the network's function are refused when we do not implement them.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 C = TypeVar("C")
 
-# One instruction per attribute that the paper's figures test (mimir.md: four attribute instructions, one token each).
+# One instruction, and one stabilizer token, per attribute that the paper's figures test.
 DEFAULT_INSTRUCTIONS = (
     "Name the objects and count them.",
     "Name the colours and materials.",
@@ -48,17 +48,18 @@ class DiTConfig:
     def __post_init__(self) -> None:
         if self.use_rotary_positional_embeddings and self.attention_head_dim % 16:
             raise ValueError(
-                f"attention_head_dim is {self.attention_head_dim}, but rotary positions split it into 1/4 time, "
-                "3/8 height and 3/8 width in pairs: use a multiple of 16"
+                f"attention_head_dim is {self.attention_head_dim}, but rotary positions split it into pairs "
+                "for time (1/4), height (3/8) and width (3/8): use a multiple of 16"
             )
         if not self.use_rotary_positional_embeddings and self.width % 16:
             raise ValueError(
-                f"width is {self.width} ({self.num_attention_heads} heads x {self.attention_head_dim}), but the "
-                "sin-cos table splits it into 1/4 time and 3/4 space: use a multiple of 16"
+                f"width is {self.width} ({self.num_attention_heads} heads x {self.attention_head_dim}), but "
+                "the sin-cos table splits it into 1/4 time and 3/4 space: use a multiple of 16"
             )
         for name in ("sample_width", "sample_height"):
-            if getattr(self, name) % self.patch_size:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a multiple of patch_size {self.patch_size}")
+            size = getattr(self, name)
+            if size % self.patch_size:
+                raise ValueError(f"{name} is {size}, expected a multiple of patch_size {self.patch_size}")
 
     @property
     def width(self) -> int:
@@ -66,16 +67,19 @@ class DiTConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DiTConfig":
-        """From diffusers' config.json or from our own file header. Raises ValueError on variants we do not build."""
+        """From diffusers' config.json or our own file header. ValueError on variants we do not build."""
         for name, (allowed, meaning) in _DIT_REFUSED.items():
             if name in values and values[name] not in allowed:
                 raise ValueError(f"{name}={values[name]!r}: {meaning}; expected {allowed[0]!r}")
         return from_dict(cls, values)
 
 
-# Settings of diffusers' class that no text-to-video checkpoint uses: name -> (accepted values, what it means).
+# Settings of diffusers' class that no text-to-video checkpoint uses: name -> (accepted values, meaning).
 _DIT_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "use_learned_positional_embeddings": ((False, None), "an image-to-video CogVideoX, Mimir needs a text-to-video one"),
+    "use_learned_positional_embeddings": (
+        (False, None),
+        "an image-to-video CogVideoX, Mimir needs a text-to-video one",
+    ),
     "ofs_embed_dim": ((None, 0), "an image-to-video CogVideoX 1.5, Mimir needs a text-to-video one"),
     "activation_fn": (("gelu-approximate",), "this feed-forward activation is not implemented"),
     "timestep_activation_fn": (("silu",), "this time embedding activation is not implemented"),
@@ -100,7 +104,7 @@ DIT_PRESETS: dict[str, DiTConfig] = {
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The noise schedule a DiT was trained with (CogVideoX: scaled-linear betas, zero terminal SNR, v-prediction)."""
+    """The noise schedule a DiT was trained with: scaled-linear betas, zero terminal SNR, v-prediction."""
 
     snr_shift_scale: float = 1.0  # 3.0 in CogVideoX-2B
     num_train_timesteps: int = 1000
@@ -112,8 +116,9 @@ class DiffusionConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "DiffusionConfig":
         """From a scheduler_config.json of a CogVideoX model or from our own file header."""
         for name, expected in _SCHEDULE_EXPECTED.items():
-            if values.get(name, expected) != expected:
-                raise ValueError(f"the noise schedule has {name}={values[name]!r}; CogVideoX needs {expected!r}")
+            found = values.get(name, expected)
+            if found != expected:
+                raise ValueError(f"the noise schedule has {name}={found!r}; CogVideoX needs {expected!r}")
         return from_dict(cls, values)
 
 
@@ -134,7 +139,7 @@ def default_diffusion(config: DiTConfig) -> DiffusionConfig:
 
 @dataclass(frozen=True)
 class PhiConfig:
-    """Phi-3 decoder. Names are transformers' (Phi3Config); `rope_scaling` is flattened into the three rope fields."""
+    """Phi-3 decoder. Names are transformers' (Phi3Config), whose `rope_scaling` is flattened here."""
 
     vocab_size: int
     hidden_size: int
@@ -156,12 +161,14 @@ class PhiConfig:
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_attention_heads or self.head_dim % 2:
             raise ValueError(
-                f"hidden_size {self.hidden_size} over {self.num_attention_heads} heads: expected an even head width"
+                f"hidden_size is {self.hidden_size} for {self.num_attention_heads} heads: "
+                "expected an even width per head"
             )
+        pairs = self.head_dim // 2
         for name in ("short_factor", "long_factor"):
             found = len(getattr(self, name))
-            if found not in (0, self.head_dim // 2):
-                raise ValueError(f"{name} has {found} entries, expected {self.head_dim // 2} (half the head width)")
+            if found not in (0, pairs):
+                raise ValueError(f"{name} has {found} entries, expected {pairs} (half the head width)")
         if bool(self.short_factor) != bool(self.long_factor):
             raise ValueError("longrope needs both short_factor and long_factor, got only one of them")
 
@@ -185,7 +192,8 @@ class PhiConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """As transformers 4.x writes it, so that Phi3Config reads it too."""
-        values = {**to_dict(self), "model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "hidden_act": "silu"}
+        names = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"], "hidden_act": "silu"}
+        values = {**to_dict(self), **names}
         short, long = values.pop("short_factor"), values.pop("long_factor")
         scaling = {"type": "longrope", "short_factor": short, "long_factor": long}
         return {**values, "rope_scaling": scaling if short else None}
@@ -197,7 +205,7 @@ def _refuse_phi_variants(values: Mapping[str, Any], rope: Mapping[str, Any]) -> 
         raise ValueError(f"the language model's rope type is {kind!r}; Phi-3.5 has 'longrope'")
     partial = rope.get("partial_rotary_factor") or values.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
-        raise ValueError(f"partial_rotary_factor is {partial} (Phi-4?); use Phi-3.5-mini-instruct, which has 1.0")
+        raise ValueError(f"partial_rotary_factor is {partial} (Phi-4?); Phi-3.5-mini-instruct has 1.0")
     if values.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act is {values['hidden_act']!r}; Phi-3.5 has 'silu'")
 
@@ -210,8 +218,9 @@ PHI_PRESETS: dict[str, PhiConfig] = {
     ),
     # The 2 x 48 longrope factors come from the model's own config.json.
     "phi-3.5-mini": PhiConfig(
-        vocab_size=32064, hidden_size=3072, intermediate_size=8192, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=32, max_position_embeddings=131072, eos_token_id=(32000, 32001, 32007),
+        vocab_size=32064, hidden_size=3072, intermediate_size=8192, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=131072,
+        eos_token_id=(32000, 32001, 32007),
     ),
 }  # fmt: skip
 
@@ -233,8 +242,9 @@ class T5Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "T5Config":
-        if values.get("feed_forward_proj", "gated-gelu") != "gated-gelu":
-            raise ValueError(f"feed_forward_proj is {values['feed_forward_proj']!r}; T5 v1.1 has 'gated-gelu'")
+        found = values.get("feed_forward_proj", "gated-gelu")
+        if found != "gated-gelu":
+            raise ValueError(f"feed_forward_proj is {found!r}; T5 v1.1 has 'gated-gelu'")
         return from_dict(cls, values)
 
 
@@ -262,9 +272,9 @@ class FuserConfig:
 
     def __post_init__(self) -> None:
         if self.scale_init == 0:
-            raise ValueError("scale_init is 0: with a zero convolution behind it nothing would ever be trained; use 0.1")
+            raise ValueError("scale_init is 0: before a zero convolution nothing would ever train; use 0.1")
         if self.stabilizer and self.num_instructions < 1:
-            raise ValueError(f"num_instructions is {self.num_instructions}, but the stabilizer needs at least 1")
+            raise ValueError(f"num_instructions is {self.num_instructions}, the stabilizer needs at least 1")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "FuserConfig":
@@ -295,4 +305,5 @@ def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """JSON-ready values of a configuration; `from_dict` of its class restores it."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+    values = asdict(config)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LlmTokens:
-    """Hidden states of one prompt. B batch, Lq prompt tokens, La answer tokens, K instructions, D model width."""
+    """Hidden states of one prompt. B batch, Lq prompt and La answer tokens, K instructions, D width."""
 
     query: Tensor  # (B, Lq, D) at the prompt's own tokens, chat template cut off
     answer: Tensor  # (B, La, D) at the generated tokens; La may be 0

@@ -50,7 +50,10 @@ def test_cpu_uses_sdpa_and_says_why():
     assert chosen is A.sdpa and "SDPA" in reason and "cpu" in reason
 
 
-@pytest.mark.parametrize("error", [OSError("bad.dll"), RuntimeError("torch 2.9"), ImportError("flash"), AttributeError()])
+BROKEN = [OSError("bad.dll"), RuntimeError("torch 2.9"), ImportError("flash"), AttributeError("wheel")]
+
+
+@pytest.mark.parametrize("error", BROKEN)
 def test_broken_xformers_is_reported_with_the_remedy(monkeypatch, error):
     class Broken:
         def find_spec(self, name, path=None, target=None):
@@ -61,14 +64,14 @@ def test_broken_xformers_is_reported_with_the_remedy(monkeypatch, error):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
     problem = A._xformers_problem(torch.device("cpu"))
-    assert problem is not None and type(error).__name__ in problem or str(error) in problem
+    assert problem is not None and str(error) in problem
     assert A.REMEDY in problem
 
 
 def test_absent_xformers_is_not_called_broken(monkeypatch):
-    monkeypatch.setitem(sys.modules, "xformers", None)
+    monkeypatch.setitem(sys.modules, "xformers", None)  # Python then says: no such module
     problem = A._xformers_problem(torch.device("cpu"))
-    assert problem is not None and "not installed" in problem or "does not import" in problem
+    assert problem is not None and "not installed" in problem
 
 
 def test_useless_xformers_is_reported(monkeypatch):
@@ -101,5 +104,5 @@ def test_reason_is_logged_once(monkeypatch, caplog):
 def test_exactly_one_scaled_dot_product_attention_in_the_project():
     root = Path(__file__).parents[1]
     files = [*(root / "mimir_core").rglob("*.py"), *(root / "nodes").rglob("*.py")]
-    calls = [path.name for path in files for _ in range(path.read_text("utf-8").count("scaled_dot_product_attention"))]
-    assert calls == ["attention.py"]
+    calls = {path.name: path.read_text("utf-8").count("scaled_dot_product_attention(") for path in files}
+    assert {name: count for name, count in calls.items() if count} == {"attention.py": 1}
