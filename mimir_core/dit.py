@@ -1,13 +1,13 @@
-"""The CogVideoX video transformer: text and video tokens in one unmasked attention, modulated by the timestep.
+"""The CogVideoX video transformer: text and video tokens in one unmasked attention, modulated by time.
 
-Source: the architecture of diffusers' `CogVideoXTransformer3DModel` (Apache-2.0), written anew; parameter names
-are equal, so published checkpoints load without renaming. Differences:
+Source: the architecture of diffusers' `CogVideoXTransformer3DModel` (Apache-2.0), written anew; the parameter
+names are equal, so published checkpoints load without renaming. Differences:
 - latents are (B, C, T, H, W), not (B, T, C, H, W);
-- positions are computed from the latents' size and cached, the caller passes none; any text length on any variant;
+- positions are computed from the latents' size and cached, the caller passes none; any text length;
 - `ops` and `attention` are injected; no learned positions, no `ofs`: those belong to image-to-video models.
 
-Letters: B batch, C latent channels, T latent frames, H x W latent size, n text tokens, N video tokens, L = n + N,
-D width, h heads, d head width.
+Letters: B batch, C latent channels, T latent frames, H x W latent size, n text tokens, N video tokens,
+L = n + N, D width, h heads, d head width.
 """
 
 import math
@@ -52,7 +52,7 @@ class CogVideoXTransformer(nn.Module):
     def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, options: Options = None) -> Tensor:
         """Predict the velocity of `latents`.
 
-        latents (B, C, T, H, W), timestep (B,) in 0..999, text (B, n, text_embed_dim) -> (B, out_channels, T, H, W).
+        latents (B, C, T, H, W), timestep (B,) in 0..999, text (B, n, text_embed_dim) -> the shape of `latents`.
         T, H and W must be multiples of the patch sizes. `options` goes to the attention function untouched.
         """
         self._check(latents, text)
@@ -88,7 +88,7 @@ class CogVideoXTransformer(nn.Module):
         |---|---|
         | every Linear and the patch convolution | Xavier uniform, bias 0 |
         | time embedding | normal, std 0.02, bias 0 |
-        | modulation (`norm1.linear`, `norm2.linear`, `norm_out.linear`) | 0: each block starts as the identity |
+        | modulation (`norm*.linear`) | 0: each block starts as the identity |
         | `proj_out` | 0: the first prediction is 0 |
         | norms | weight 1, bias 0 |
         """
@@ -108,7 +108,7 @@ class CogVideoXTransformer(nn.Module):
         return self._remember(key, lambda: sincos_table(self.config, grid).to(video.device, video.dtype))
 
     def _remember(self, key: Any, build: Any) -> Any:
-        """The last table, rebuilt when `key` changes. Never an inference tensor: training may use it later."""
+        """The last table, rebuilt when `key` changes. Not an inference tensor: training may use it later."""
         if self._cached is None or self._cached[0] != key:
             with torch.inference_mode(False):
                 self._cached = (key, build())
@@ -127,7 +127,7 @@ class CogVideoXTransformer(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Latents and text to tokens. 1.0 patchifies with a convolution, 1.5 with a Linear over (C, t, h, w) patches."""
+    """Latents and text to tokens. 1.0 patchifies with a convolution, 1.5 with a Linear over (C, t, p, p)."""
 
     def __init__(self, config: DiTConfig, ops: Any, **made: Any) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ class ModulatedOutput(nn.Module):
 
 
 class JointAttention(nn.Module):
-    """Unmasked attention over text and video with normalised queries and keys, which then get their positions."""
+    """Unmasked attention over text and video; queries and keys are normalised, then get their positions."""
 
     def __init__(self, config: DiTConfig, ops: Any, attention: Attention, **made: Any) -> None:
         super().__init__()

@@ -58,7 +58,7 @@ def sincos_table(config: DiTConfig, grid: Grid) -> Tensor:
 
 
 def _rotary_positions(config: DiTConfig, grid: Grid) -> list[Tensor]:
-    """Positions along time, height and width. 1.0 stretches its native grid over a crop; 1.5 counts from 0."""
+    """Positions along time, height, width. 1.0 stretches its native grid over a crop; 1.5 counts from 0."""
     if config.patch_size_t is not None:
         return [torch.arange(size, dtype=torch.float32) for size in grid]
     frames, height, width = grid
@@ -82,7 +82,7 @@ def crop_region(
 
 
 def _spread(start: int, stop: int, count: int) -> Tensor:
-    """`count` positions; the last is stop * (count - 1) / count, as diffusers has it (even if start is not 0)."""
+    """`count` positions; the last is stop * (count - 1) / count even if start is not 0, as in diffusers."""
     return torch.linspace(start, stop * (count - 1) / count, count, dtype=torch.float32)
 
 

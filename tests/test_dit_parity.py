@@ -102,8 +102,8 @@ def test_rotary_models(variant, frames, size, text_length):
 @pytest.mark.parametrize("text_length", [226, 230])
 @pytest.mark.parametrize("frames", [3, 4])
 def test_sincos_model(size, text_length, frames):
-    """diffusers' table is zero for `max_text_seq_length` text tokens: 230 of them are the table for 226 extended
-    by zeros. Our model gets the unchanged config."""
+    """diffusers' table is zero for `max_text_seq_length` text tokens, so 230 of them are the table for 226
+    extended by zeros. Our model gets the unchanged config."""
     config = VARIANTS["2b"]
     theirs = reference(dataclasses.replace(config, max_text_seq_length=text_length))
     assert compare(config, size, text_length, frames, theirs) < 1e-5
