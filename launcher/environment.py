@@ -1,6 +1,7 @@
 """The .venv in the checkout: made once, completed when requirements change, left alone otherwise.
 
-What is installed is written down in .venv/mimir-installed.json, so that the next run starts without asking pip.
+What is installed is written down in .venv/mimir-installed.json, so that the next run starts without asking
+pip.
 """
 
 from __future__ import annotations
@@ -27,10 +28,25 @@ XFORMERS = "xformers==0.0.35"
 # The CUDA build that comes from the index on Linux is 7 GB with its libraries; elsewhere it is the CPU build.
 DISK_GB = 10 if sys.platform == "linux" else 4
 
+NEEDED = ("torch", "aiohttp", "diffusers", "transformers", "safetensors", "einops", "tokenizers")
+PROBE = """
+import importlib.util, json, sys
+missing = [name for name in sys.argv[1:] if importlib.util.find_spec(name) is None]
+accelerator = False
+if "torch" not in missing:
+    import torch
+    accelerator = torch.cuda.is_available() or torch.backends.mps.is_available()
+    accelerator = accelerator or (hasattr(torch, "xpu") and torch.xpu.is_available())
+print(json.dumps({"missing": missing, "accelerator": accelerator}))
+"""
+
 PIP_REMEDIES = (
     ("No space left", "Free some space (about {gb} GB are needed) and run the same command again."),
     ("not enough space", "Free some space (about {gb} GB are needed) and run the same command again."),
-    ("No matching distribution", "pip's package index lacks it for this Python ({python}); use Python 3.11 or 3.12."),
+    (
+        "No matching distribution",
+        "pip's package index lacks it for this Python ({python}); use Python 3.11 or 3.12.",
+    ),
     ("SSLError", "A proxy seems to replace certificates: set PIP_CERT to its certificate file."),
     ("onnection", "Check the network; a proxy goes into HTTPS_PROXY, a mirror into PIP_INDEX_URL."),
 )
@@ -38,7 +54,8 @@ PIP_REMEDIES = (
 
 @dataclass(frozen=True)
 class Environment:
-    """A Python that can run the host. `overlay`: the host's own pinned frontend, to come first on PYTHONPATH."""
+    """A Python that can run the host. `overlay`: the host's own pinned frontend, to come first on
+    PYTHONPATH."""
 
     python: Path
     overlay: Path | None
@@ -52,10 +69,14 @@ def ensure_venv() -> Path:
     if python.exists() and _runs(python, "-c", "import pip"):
         return python
     with step("Making .venv"):
-        run = subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], capture_output=True, text=True)
+        run = subprocess.run(
+            [sys.executable, "-m", "venv", "--clear", str(VENV)], capture_output=True, text=True
+        )
     if run.returncode:
-        raise Failure(f"Python could not make {VENV}: {(run.stdout + run.stderr).strip()}",
-                      "On Debian and Ubuntu: apt install python3-venv. Elsewhere install Python from python.org.")
+        raise Failure(
+            f"Python could not make {VENV}: {(run.stdout + run.stderr).strip()}",
+            "On Debian and Ubuntu: apt install python3-venv. Elsewhere install Python from python.org.",
+        )
     return python
 
 
@@ -63,8 +84,10 @@ def check_python() -> None:
     """Raises Failure for a Python that the tested packages do not exist for."""
     low, high = PYTHONS
     if not low <= sys.version_info[:2] <= high:
-        raise Failure(f"This is Python {sys.version.split()[0]}; Mimir's environment needs 3.{low[1]} to 3.{high[1]}.",
-                      f"Start it with one of those, for example: python3.11 {ROOT.name}/run.py demo")
+        raise Failure(
+            f"This is Python {sys.version.split()[0]}; Mimir's environment needs 3.{low[1]} to 3.{high[1]}.",
+            f"Start it with one of those, for example: python3.11 {ROOT.name}/run.py demo",
+        )
 
 
 def ensure(comfy: Comfy, tests: bool = False) -> Environment:
@@ -85,18 +108,26 @@ def _install(python: Path, comfy: Comfy, tests: bool) -> None:
     _phase(python, "torch", "PyTorch (the largest part, some minutes)", list(TORCH))
     if nvidia():
         _phase(python, "xformers", "xformers", ["--no-deps", XFORMERS], optional=True)
-    _phase(python, f"host {comfy.version}", f"ComfyUI's and Mimir's requirements ({comfy.version})",
-           [*limits, *others, "-r", str(ROOT / "requirements.txt")])
-    _phase(python, f"frontend {comfy.version}", "ComfyUI's frontend",
-           ["--upgrade", "--target", str(overlay_folder(comfy)), *pins])
+    _phase(
+        python,
+        f"host {comfy.version}",
+        f"ComfyUI's and Mimir's requirements ({comfy.version})",
+        [*limits, *others, "-r", str(ROOT / "requirements.txt")],
+    )
+    _phase(
+        python,
+        f"frontend {comfy.version}",
+        "ComfyUI's frontend",
+        ["--upgrade", "--target", str(overlay_folder(comfy)), *pins],
+    )
     if tests:
         _phase(python, "tests", "test tools", [*limits, "-r", str(ROOT / "requirements-test.txt")])
     _note_accelerator(python)
 
 
 def split_requirements(file: Path) -> tuple[list[str], list[str]]:
-    """A host's requirements as (its own comfyui-* packages, everything else). The first differ from host to host and
-    go into a folder of their own, so that one environment serves several hosts."""
+    """A host's requirements as (its own comfyui-* packages, everything else). The first differ from host to
+    host and go into a folder of their own, so that one environment serves several hosts."""
     lines = [line.split("#")[0].strip() for line in file.read_text(encoding="utf-8").splitlines()]
     pins = [line for line in lines if line.startswith("comfyui")]
     return pins, [line for line in lines if line and line not in pins]
@@ -133,7 +164,9 @@ def pip(python: Path, arguments: list[str]) -> None:
     log = CACHE / "pip.log"
     log.write_text(" ".join(command) + "\n" + output, encoding="utf-8")
     errors = [line for line in output.splitlines() if line.startswith("ERROR")] or output.splitlines()
-    raise Failure("pip failed:\n" + "\n".join(errors[-6:]), pip_remedy(output) + f" pip's whole output is in {log}.")
+    raise Failure(
+        "pip failed:\n" + "\n".join(errors[-6:]), pip_remedy(output) + f" pip's whole output is in {log}."
+    )
 
 
 def pip_remedy(output: str) -> str:
@@ -151,12 +184,15 @@ def nvidia() -> bool:
     return tool is not None and "GPU" in subprocess.run([tool, "-L"], capture_output=True, text=True).stdout
 
 
-def has_accelerator(python: Path) -> bool:
-    """Whether torch in that environment can use a GPU (CUDA, ROCm, XPU or Apple's)."""
-    code = ("import torch; x = getattr(torch, 'xpu', None); "
-            "raise SystemExit(not (torch.cuda.is_available() or torch.backends.mps.is_available() "
-            "or (x is not None and x.is_available())))")
-    return _runs(python, "-c", code)
+def probe(python: Path) -> dict[str, list[str] | bool]:
+    """What that Python lacks of NEEDED, and whether its torch can use a GPU (CUDA, ROCm, XPU or Apple's)."""
+    run = subprocess.run([str(python), "-c", PROBE, *NEEDED], capture_output=True, text=True)
+    try:
+        return json.loads(run.stdout.splitlines()[-1])
+    except (ValueError, IndexError) as error:
+        raise Failure(
+            f"{python} does not work: {(run.stderr.strip() or 'no output').splitlines()[-1]}"
+        ) from error
 
 
 def _note_accelerator(python: Path) -> None:
@@ -165,37 +201,44 @@ def _note_accelerator(python: Path) -> None:
     if "accelerator" in _stamp() and _stamp().get("nvidia") == here:
         return
     with step("Looking for a GPU that PyTorch can use") as state:
-        found = has_accelerator(python)
+        found = bool(probe(python)["accelerator"])
         state.note = "found" if found else "none: everything runs on the CPU"
     _write_stamp({"accelerator": found, "nvidia": here})
     if here and not found:
-        say("There is an NVIDIA GPU, but this PyTorch cannot use it. On Windows install PyTorch's CUDA build into .venv; "
-            "elsewhere update the driver.")
+        say(
+            "There is an NVIDIA GPU, but this PyTorch cannot use it. "
+            "On Windows install PyTorch's CUDA build into .venv; elsewhere update the driver."
+        )
 
 
 def _check_disk() -> None:
     free = shutil.disk_usage(ROOT).free / 1e9
     if free < DISK_GB:
-        raise Failure(f"{ROOT} has {free:.1f} GB free; the environment needs about {DISK_GB} GB.",
-                      "Free some space, or clone to another disk, or pass --comfyui with a ComfyUI that has its own.")
+        raise Failure(
+            f"{ROOT} has {free:.1f} GB free; the environment needs about {DISK_GB} GB.",
+            "Free some space, or clone to another disk, or pass --comfyui with a ComfyUI that has its own.",
+        )
 
 
-def own_environment(comfy: Comfy) -> Path | None:
-    """The Python that a ComfyUI brings itself: a virtual environment in or beside it, or the portable build's."""
-    folders = [comfy.path / ".venv", comfy.path / "venv", comfy.path.parent / ".venv", comfy.path.parent / "venv"]
+def own_python(comfy: Comfy) -> Path | None:
+    """The Python that a ComfyUI brings itself: a virtual environment in or beside it, or the portable
+    build's."""
+    folders = [top / name for top in (comfy.path, comfy.path.parent) for name in (".venv", "venv")]
     candidates = [venv_python(folder) for folder in folders if folder != VENV]
     candidates.append(comfy.path.parent / "python_embeded" / "python.exe")
-    return next((p for p in candidates if p.exists() and _runs(p, "-c", "import torch, aiohttp")), None)
+    return next((p for p in candidates if p.exists()), None)
 
 
-def check_own_environment(python: Path) -> Environment:
+def use_own_python(python: Path) -> Environment:
     """Use a ComfyUI's own Python as it is; raises Failure when it lacks something that the nodes import."""
-    code = "import diffusers, transformers, safetensors, einops, tokenizers"
-    run = subprocess.run([str(python), "-c", code], capture_output=True, text=True)
-    if run.returncode:
-        raise Failure(f"ComfyUI's own Python lacks what Mimir imports: {run.stderr.strip().splitlines()[-1]}",
-                      f"Install it there: {python} -m pip install -r {ROOT / 'requirements.txt'}")
-    return Environment(python, None, cpu=not has_accelerator(python))
+    with step(f"Looking at ComfyUI's own Python, {python}"):
+        found = probe(python)
+    if found["missing"]:
+        raise Failure(
+            f"ComfyUI's own Python lacks {', '.join(found['missing'])}.",  # type: ignore[arg-type]
+            f"Install it there: {python} -m pip install -r {ROOT / 'requirements.txt'}",
+        )
+    return Environment(python, None, cpu=not found["accelerator"])
 
 
 def venv_python(folder: Path = VENV) -> Path:
@@ -210,9 +253,11 @@ def exclusive(path: Path) -> Iterator[None]:
     with open(path, "w") as file:
         if sys.platform == "win32":
             import msvcrt
+
             msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
         else:
             import fcntl
+
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -226,7 +271,9 @@ def _runs(python: Path, *arguments: str) -> bool:
 
 def _contents(arguments: list[str]) -> list[str]:
     """The text of the requirement files among pip's arguments."""
-    return [Path(a).read_text(encoding="utf-8") for a in arguments if a.endswith(".txt") and Path(a).is_file()]
+    return [
+        Path(a).read_text(encoding="utf-8") for a in arguments if a.endswith(".txt") and Path(a).is_file()
+    ]
 
 
 def _digest(lines: list[str]) -> str:

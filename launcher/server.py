@@ -20,12 +20,22 @@ PACK_FOLDER = "ComfyUI-Mimir"
 HOST_ADDRESS = "127.0.0.1"
 START_SECONDS = 180.0
 # Copied where the system allows no link: everything that ComfyUI reads from a pack.
-PACK_CONTENTS = ("__init__.py", "mimir_core", "nodes", "js", "workflows", "subgraphs", "locales", "pyproject.toml")
+PACK_CONTENTS = (
+    "__init__.py",
+    "mimir_core",
+    "nodes",
+    "js",
+    "workflows",
+    "subgraphs",
+    "locales",
+    "pyproject.toml",
+)
 
 
 @dataclass
 class Server:
-    """A ComfyUI process. A context manager: entering starts it and waits until it answers, leaving ends it."""
+    """A ComfyUI process. A context manager: entering starts it and waits until it answers, leaving ends
+    it."""
 
     comfy: Comfy
     python: Path
@@ -54,21 +64,33 @@ class Server:
         return "\n".join(self.log.splitlines()[-lines:])
 
     def __enter__(self) -> Server:
+        self.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start the host and wait until it answers; raises Failure with the end of its log if it does not."""
         self._prepare()
         self.port = free_port(self.port)
         with open(self.log_path, "wb") as log:
             self.process = subprocess.Popen(
-                self._command(), cwd=self.comfy.path, env=self._environment(), stdin=subprocess.DEVNULL, stdout=log,
-                stderr=subprocess.STDOUT, **_own_group())
+                self._command(),
+                cwd=self.comfy.path,
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # Away from the terminal's group, so that a Ctrl-C reaches the host only when we end it.
+                start_new_session=os.name != "nt",
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+            )
         try:
             self._wait_until_ready()
         except BaseException:
             self.stop()
             raise
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.stop()
 
     def stop(self) -> None:
         """End the process and wait for its end."""
@@ -84,8 +106,10 @@ class Server:
     def raise_if_dead(self) -> None:
         """Raises Failure with the last lines of the log when the host has ended."""
         if self.process is not None and self.process.poll() is not None:
-            raise Failure(f"ComfyUI ended with code {self.process.returncode}. Its last lines:\n{self.log_tail()}",
-                          f"The whole log is in {self.log_path}.")
+            raise Failure(
+                f"ComfyUI ended with code {self.process.returncode}. Its last lines:\n{self.log_tail()}",
+                f"The whole log is in {self.log_path}.",
+            )
 
     def _prepare(self) -> None:
         for name in ("custom_nodes", "models", "input", "output", "temp", "user/default"):
@@ -97,9 +121,21 @@ class Server:
             link_pack(self.base / "custom_nodes" / PACK_FOLDER)
 
     def _command(self) -> list[str]:
-        command = [str(self.python), "main.py", "--listen", HOST_ADDRESS, "--port", str(self.port),
-                   "--base-directory", str(self.base), "--database-url", "sqlite:///:memory:",
-                   "--disable-api-nodes", "--disable-auto-launch", *self.arguments]
+        command = [
+            str(self.python),
+            "main.py",
+            "--listen",
+            HOST_ADDRESS,
+            "--port",
+            str(self.port),
+            "--base-directory",
+            str(self.base),
+            "--database-url",
+            "sqlite:///:memory:",
+            "--disable-api-nodes",
+            "--disable-auto-launch",
+            *self.arguments,
+        ]
         if self.cpu:
             command.append("--cpu")
         if not self.comfy.managed:
@@ -107,7 +143,8 @@ class Server:
         return command
 
     def _model_paths(self) -> Path:
-        """A file that lets this base directory see the models of the ComfyUI that is used (JSON is YAML too)."""
+        """A file that lets this base directory see the models of the ComfyUI that is used (JSON is YAML
+        too)."""
         models = self.comfy.path / "models"
         folders = sorted(p.name for p in models.iterdir() if p.is_dir()) if models.is_dir() else []
         path = self.base / "model_paths.yaml"
@@ -118,9 +155,17 @@ class Server:
     def _environment(self) -> dict[str, str]:
         threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 2) // 2)))
         paths = [str(p) for p in (self.overlay, os.environ.get("PYTHONPATH")) if p]
-        return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1",
-                "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1",
-                "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        return {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONUTF8": "1",
+            "HF_HUB_OFFLINE": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "DO_NOT_TRACK": "1",
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+        }
 
     def _wait_until_ready(self) -> None:
         client, end = Client(self.url), time.monotonic() + START_SECONDS
@@ -129,15 +174,10 @@ class Server:
             if client.answers():
                 return
             time.sleep(0.1)
-        raise Failure(f"ComfyUI did not answer in {START_SECONDS:.0f} s. Its last lines:\n{self.log_tail()}",
-                      f"The whole log is in {self.log_path}.")
-
-
-def _own_group() -> dict[str, bool | int]:
-    """Popen arguments that keep a Ctrl-C in the terminal from reaching the host before we end it ourselves."""
-    if sys.platform == "win32":
-        return {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-    return {"start_new_session": True}
+        raise Failure(
+            f"ComfyUI did not answer in {START_SECONDS:.0f} s. Its last lines:\n{self.log_tail()}",
+            f"The whole log is in {self.log_path}.",
+        )
 
 
 def free_port(wanted: int) -> int:
@@ -148,13 +188,16 @@ def free_port(wanted: int) -> int:
         try:
             probe.bind((HOST_ADDRESS, wanted))
         except OSError as error:
-            raise Failure(f"Port {wanted} is taken ({error.strerror}).",
-                          "Stop the program that has it, or choose another with --port.") from error
+            raise Failure(
+                f"Port {wanted} is taken ({error.strerror}).",
+                "Stop the program that has it, or choose another with --port.",
+            ) from error
         return probe.getsockname()[1]
 
 
 def link_pack(place: Path) -> None:
-    """Make this checkout appear at `place`: a link, a junction on Windows, a copy where neither is allowed."""
+    """Make this checkout appear at `place`: a link, a junction on Windows, a copy where neither is
+    allowed."""
     if place.is_symlink() or _is_junction(place):
         if place.exists() and place.resolve() == ROOT.resolve():
             return

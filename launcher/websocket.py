@@ -1,5 +1,5 @@
-"""The part of RFC 6455 that reading a server's messages needs: handshake, text frames, pings. Nothing is sent but
-pongs. Standard library only, so that run.py can follow a run before anything is installed."""
+"""The part of RFC 6455 that reading a server's messages needs: handshake, text frames, pings. Nothing is
+sent but pongs. Standard library only, so that run.py can follow a run before anything is installed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ TEXT, CLOSE, PING, PONG = 0x1, 0x8, 0x9, 0xA
 
 
 class WebSocket:
-    """Messages of `ws://` at the given http URL and path. `timeout`: seconds of silence after which a read raises
-    TimeoutError."""
+    """Messages of `ws://` at the given http URL and path. `timeout`: seconds of silence after which a read
+    raises TimeoutError."""
 
     def __init__(self, url: str, path: str, timeout: float = 1.0) -> None:
         parts = urlsplit(url)
@@ -29,8 +29,10 @@ class WebSocket:
 
     def _handshake(self, host: str, path: str) -> None:
         key = base64.b64encode(os.urandom(16)).decode()
-        request = (f"GET {path} HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                   f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n")
+        request = (
+            f"GET {path} HTTP/1.1\r\nHost: {host}\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            f"Sec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n"
+        )
         self._socket.sendall(request.encode())
         while b"\r\n\r\n" not in self._buffer:
             self._receive()
@@ -46,8 +48,8 @@ class WebSocket:
         self._buffer += data
 
     def read(self) -> str | None:
-        """The next text message; None after `timeout` seconds without one. Binary ones (previews) are passed over.
-        Raises ConnectionError when the server has gone."""
+        """The next text message; None after `timeout` seconds without one. Binary ones (previews) are
+        passed over. Raises ConnectionError when the server has gone."""
         try:
             while True:
                 text = self._take(*self._frame())
@@ -75,8 +77,8 @@ class WebSocket:
         while (size := frame_size(self._buffer)) is None or len(self._buffer) < sum(size):
             self._receive()
         header, length = size
-        first, payload = self._buffer[0], self._buffer[header:header + length]
-        self._buffer = self._buffer[header + length:]
+        first, payload = self._buffer[0], self._buffer[header : header + length]
+        self._buffer = self._buffer[header + length :]
         return bool(first & 0x80), first & 0x0F, payload
 
     def _send(self, opcode: int, payload: bytes) -> None:
@@ -86,7 +88,8 @@ class WebSocket:
 
 
 def frame_size(start: bytes) -> tuple[int, int] | None:
-    """Bytes of the header and of the payload of the unmasked frame that begins so; None: too little to tell."""
+    """Bytes of the header and of the payload of the unmasked frame that begins so; None: too little to
+    tell."""
     if len(start) < 2:
         return None
     code = start[1] & 0x7F
