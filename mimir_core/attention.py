@@ -81,7 +81,7 @@ def _xformers_problem(device: torch.device) -> str | None:
         if error.name == "xformers":
             return "xFormers is not installed (it is optional)"
         return f"xFormers does not import ({error}); {REMEDY}"
-    except Exception as error:  # noqa: BLE001  a build for another torch raises OSError, RuntimeError, AttributeError ...
+    except Exception as error:  # noqa: BLE001  OSError, RuntimeError ... of a build for another torch
         return f"xFormers does not import ({type(error).__name__}: {_first_line(error)}); {REMEDY}"
     try:
         q = torch.linspace(-1, 1, 32 * 2 * 64, device=device, dtype=torch.float16).view(1, 2, 32, 64)

@@ -295,7 +295,8 @@ FUSER_PRESETS: dict[str, FuserConfig] = {
 
 def from_dict(cls: type[C], values: Mapping[str, Any]) -> C:
     """Build dataclass `cls` from the keys it knows; foreign keys are ignored, JSON lists become tuples."""
-    known = {field.name: values[field.name] for field in fields(cls) if field.name in values}  # type: ignore[arg-type]
+    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    known = {name: values[name] for name in names if name in values}
     known = {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
     try:
         return cls(**known)

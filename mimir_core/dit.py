@@ -52,7 +52,7 @@ class CogVideoXTransformer(nn.Module):
     def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, options: Options = None) -> Tensor:
         """Predict the velocity of `latents`.
 
-        latents (B, C, T, H, W), timestep (B,) in 0..999, text (B, n, text_embed_dim) -> the shape of `latents`.
+        latents (B, C, T, H, W), timestep (B,) in 0..999, text (B, n, text_embed_dim) -> like `latents`.
         T, H and W must be multiples of the patch sizes. `options` goes to the attention function untouched.
         """
         self._check(latents, text)

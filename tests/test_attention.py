@@ -3,6 +3,7 @@
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,8 +23,9 @@ def test_sdpa_is_softmax_attention():
     torch.testing.assert_close(A.sdpa(q, k, v, mask=mask, options={"any": 1}), plain(q, k, v, mask))
 
 
-def fake_xformers(monkeypatch, function):
-    package, ops = types.ModuleType("xformers"), types.ModuleType("xformers.ops")
+def fake_xformers(monkeypatch, function: Any):
+    package: Any = types.ModuleType("xformers")
+    ops: Any = types.ModuleType("xformers.ops")
     package.ops, ops.memory_efficient_attention = ops, function
     monkeypatch.setitem(sys.modules, "xformers", package)
     monkeypatch.setitem(sys.modules, "xformers.ops", ops)

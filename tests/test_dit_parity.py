@@ -1,6 +1,7 @@
 """Our DiT against diffusers' CogVideoXTransformer3DModel: same random weights, same inputs, float32, CPU."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from mimir_core.positions import crop_region, rotary_table, rotate, sincos_table
 diffusers = pytest.importorskip("diffusers")
 pipeline = pytest.importorskip("diffusers.pipelines.cogvideo.pipeline_cogvideox")
 
-COMMON = {
+COMMON: dict[str, Any] = {
     "num_layers": 2,
     "text_embed_dim": 24,
     "time_embed_dim": 20,
