@@ -1,7 +1,7 @@
 """ComfyUI-Mimir: text to video with a token fuser, for ComfyUI.
 
-ComfyUI imports this file; everything else (tests, `python -m mimir_core...`) does not need it. Only the probe for
-ComfyUI is guarded, so that a real error in `nodes/` reaches the host's log with its traceback.
+ComfyUI imports this file; everything else (tests, `python -m mimir_core...`) does not need it. Only the
+probe for ComfyUI is guarded, so that a real error in `nodes/` reaches the host's log with its traceback.
 """
 
 try:

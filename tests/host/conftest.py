@@ -2,16 +2,17 @@
 
 Two kinds:
 
-* `tests/host/test_*.py` talk HTTP to one ComfyUI process, started once per session with this pack in it. Use the
-  fixtures `host` (a `launcher.client.Client`: `host.run(prompt)`, `host.object_info()`, `host.view(file)`), `server` (its
-  process: `server.log`, `server.base`) and `object_info`.
+* `tests/host/test_*.py` talk HTTP to one ComfyUI process, started once per session with this pack in it.
+  Use the fixtures `host` (a `launcher.client.Client`: `host.run(prompt)`, `host.object_info()`,
+  `host.view(file)`), `server` (its process: `server.log`, `server.base`) and `object_info`.
 
-* `tests/host/inprocess/test_*.py` import ComfyUI itself (CPU), for numerics: see the conftest.py there. They live in a
-  process of their own, because ComfyUI's top modules (`nodes`, `comfy`, `utils`) must not leak into the other tests.
-  `pytest` runs that process by itself (test_inprocess.py); `pytest tests/host/inprocess/test_x.py` runs one directly.
+* `tests/host/inprocess/test_*.py` import ComfyUI itself (CPU), for numerics: see the conftest.py there.
+  They live in a process of their own, because ComfyUI's top modules (`nodes`, `comfy`, `utils`) must not
+  leak into the other tests. `pytest` runs that process by itself (test_inprocess.py); `pytest
+  tests/host/inprocess/test_x.py` runs one directly.
 
-The ComfyUI is the one of `--comfyui`, COMFYUI_PATH, or the one that run.py has fetched. Without any, these tests are
-skipped with the reason, except under `python run.py test`, where that is a failure.
+The ComfyUI is the one of `--comfyui`, COMFYUI_PATH, or the one that run.py has fetched. Without any, these
+tests are skipped with the reason, except under `python run.py test`, where that is a failure.
 """
 
 from __future__ import annotations

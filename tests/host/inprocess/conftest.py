@@ -5,10 +5,12 @@
     from mimir_pack.mimir_core.config import PRESETS  # its core, the same objects that its nodes use
 
 Here the plain name `mimir_core` is out of reach on purpose: it would be a second copy of every class, and
-`isinstance` between the two fails. Calls of nodes need `torch.inference_mode()`, as the host has it: `run_node`.
+`isinstance` between the two fails. Calls of nodes need `torch.inference_mode()`, as the host has it:
+`run_node`.
 
-Fixture `run_node(NodeClass, **inputs) -> tuple`: executes one of our V3 nodes or one of ComfyUI's V3 nodes and returns
-its outputs. Run one file alone: `COMFYUI_PATH=... python -m pytest tests/host/inprocess/test_x.py`.
+Fixture `run_node(NodeClass, **inputs) -> tuple`: executes one of our V3 nodes or one of ComfyUI's V3 nodes
+and returns its outputs. Run one file alone: `COMFYUI_PATH=... python -m pytest
+tests/host/inprocess/test_x.py`.
 """
 
 from __future__ import annotations
@@ -45,8 +47,8 @@ def _enter_comfyui() -> None:
 
 
 def _name_the_pack() -> None:
-    """Make this checkout importable as the package `mimir_pack`, without running its __init__ (nodes are imported by
-    the tests that want them)."""
+    """Make this checkout importable as the package `mimir_pack`, without running its __init__ (nodes are
+    imported by the tests that want them)."""
     package = types.ModuleType("mimir_pack")
     package.__path__ = [str(ROOT)]
     sys.modules["mimir_pack"] = package
