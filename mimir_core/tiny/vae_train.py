@@ -57,10 +57,10 @@ def psnr(output: Tensor, target: Tensor) -> float:
 class VaeTraining:
     """Losses of the three stages over one network."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, device: str = "cpu") -> None:
         torch.manual_seed(seed)
-        self.seed = seed
-        self.vae = AutoencoderKLCogVideoX(**VAE_CONFIG)
+        self.seed, self.device = seed, device
+        self.vae = AutoencoderKLCogVideoX(**VAE_CONFIG).to(device)
         self.quality = 0.0
 
     def _autoencode(self, video: Tensor) -> Tensor:
@@ -73,17 +73,21 @@ class VaeTraining:
 
     def images(self, step: int) -> Tensor:
         """Single frames, four from each of four clips."""
-        video = clips(self.seed, step, 4)
+        video = clips(self.seed, step, 4).to(self.device)
         frames = torch.randint(video.shape[2], (4,))
         return self._autoencode(video[:, :, frames].transpose(1, 2).flatten(0, 1)[:, :, None])
 
     def videos(self, step: int) -> Tensor:
         """Whole clips."""
-        return self._autoencode(clips(self.seed, 10_000_000 + step, 3))
+        return self._autoencode(clips(self.seed, 10_000_000 + step, 3).to(self.device))
+
+    def report(self) -> str:
+        """Quality of the last batch."""
+        return f"{self.quality:.1f} dB"
 
     def decoder(self, step: int) -> Tensor:
         """Whole clips from noisy latents; the encoder gets no gradient."""
-        video = clips(self.seed, 20_000_000 + step, 3)
+        video = clips(self.seed, 20_000_000 + step, 3).to(self.device)
         with torch.no_grad():
             latents = self.vae.encode(video).latent_dist.mean
         spread = latents.std() * LATENT_NOISE * torch.rand(len(video), 1, 1, 1, 1)
@@ -93,13 +97,53 @@ class VaeTraining:
         return weighted_error(output, video)
 
 
-def train_vae(folder: Path, seed: int = 0) -> AutoencoderKLCogVideoX:
+def train_vae(folder: Path, seed: int = 0, device: str = "cpu") -> AutoencoderKLCogVideoX:
     """Single frames, then clips. Writes checkpoints into `folder`; returns the network with a settled encoder."""
-    training = VaeTraining(seed)
+    training = VaeTraining(seed, device)
+    train("vae-images", training.vae, training.images, IMAGES, folder, seed, training.report)
+    train("vae-clips", training.vae, training.videos, CLIPS, folder, seed, training.report)
+    return whiten(training.vae.eval(), seed)
 
-    def report() -> str:
-        return f"{training.quality:.1f} dB"
 
-    train("vae-images", training.vae, training.images, IMAGES, folder, seed, report)
-    train("vae-clips", training.vae, training.videos, CLIPS, folder, seed, report)
-    return training.vae
+def train_decoder(training: VaeTraining, folder: Path) -> AutoencoderKLCogVideoX:
+    """The decoder on noisy latents, the encoder as it is."""
+    training.vae.encoder.requires_grad_(False)
+    return train("vae-decoder", training.vae, training.decoder, DECODER, folder, training.seed, training.report)
+
+
+@torch.no_grad()
+def whiten(vae: AutoencoderKLCogVideoX, seed: int) -> AutoencoderKLCogVideoX:
+    """Gives every latent channel unit standard deviation by rescaling weights; what the VAE reconstructs is unchanged.
+
+    CogVideoX has one scale for all channels, and a DiT learns channels of small variance last.
+    """
+    latents = torch.cat([vae.encode(part).latent_dist.mean for part in clips(seed, 40_000_000, 64).to(vae.device).split(8)])
+    spread = latents.std((0, 2, 3, 4))  # (C,)
+    out = vae.encoder.conv_out.conv  # mean and log-variance of each channel
+    channels = len(spread)
+    out.weight[:channels] /= spread[:, None, None, None, None]
+    out.bias[:channels] /= spread
+    out.bias[channels:] -= 2 * spread.log()
+    readers = [vae.decoder.conv_in.conv]
+    readers += [m.conv for name, m in vae.decoder.named_modules() if name.endswith(("conv_y", "conv_b"))]
+    for conv in readers:
+        conv.weight *= spread[None, :, None, None, None]
+    return vae
+
+
+def latent_scale(latents: Tensor) -> float:
+    """What brings latents to unit standard deviation, rounded for the file header."""
+    return round(1 / float(latents.float().std()), 4)
+
+
+def preview_factors(vae: AutoencoderKLCogVideoX, scale: float, seed: int) -> dict[str, list]:
+    """RGB in -1..1 of a scaled latent pixel as an affine map, by least squares: {"factors": (16, 3), "bias": (3,)}."""
+    video = clips(seed, 30_000_000, 64)
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(part).latent_dist.mean for part in video.split(8)]) * scale
+    small = torch.nn.functional.avg_pool3d(video[:, :, ::4], (1, 8, 8))  # (B, 3, T, H / 8, W / 8)
+    x = latents.movedim(1, -1).flatten(0, -2)
+    y = small.movedim(1, -1).flatten(0, -2)
+    solution = torch.linalg.lstsq(torch.cat((x, torch.ones(len(x), 1)), 1), y).solution
+    rows = [[round(v, 4) for v in row] for row in solution.tolist()]
+    return {"factors": rows[:-1], "bias": rows[-1]}

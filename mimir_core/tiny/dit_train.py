@@ -1,0 +1,106 @@
+"""The DiT and the Token Fuser of Mimir Tiny.
+
+First the baseline: the DiT on T5's tokens alone. Then Mimir: the fuser joins at its identity initialisation and both
+train on; in a quarter of these steps the fuser is switched off, so that one set of weights serves both conditions and
+comparing them is fair. The loss is CogVideoX's: the mean squared error of the velocity under a zero-terminal-SNR
+schedule, with captions dropped for classifier-free guidance.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..config import DIT_PRESETS, FUSER_PRESETS, DiffusionConfig, FuserConfig, PHI_PRESETS
+from ..diffusion import add_noise, alpha_of, alphas_cumprod, velocity
+from ..dit import CogVideoXTransformer
+from ..fuser import TokenFuser
+from ..text import T5Encoder
+from .features import Features
+from .loop import LoopConfig, train
+
+BATCH = 32
+BASELINE = LoopConfig(steps=4000, muon_rate=0.01, adam_rate=2e-3, warmup=100, flat=0.9, final=0.7, ema=0.998, save_every=250, log_every=100)
+MIMIR = LoopConfig(steps=9000, muon_rate=0.01, adam_rate=2e-3, warmup=100, flat=0.4, final=0.03, ema=0.998, save_every=250, log_every=100)
+ALONE = 0.25  # share of the Mimir steps in which T5 stands alone
+DROPPED = 0.10  # share of captions that are dropped, over all steps
+
+
+class Mimir(nn.Module):
+    """The two networks that train together."""
+
+    def __init__(self, dit: CogVideoXTransformer, fuser: TokenFuser) -> None:
+        super().__init__()
+        self.dit, self.fuser = dit, fuser
+
+
+class DitTraining:
+    """Losses of both stages over cached features."""
+
+    def __init__(self, features: Features, t5: T5Encoder, diffusion: DiffusionConfig, seed: int, device: str = "cpu") -> None:
+        torch.manual_seed(seed)
+        self.features, self.diffusion, self.seed, self.device = features, diffusion, seed, device
+        self.alphas = alphas_cumprod(diffusion)
+        self.null = t5.encode("").hidden.to(device)  # (1, n, D)
+        dit = CogVideoXTransformer(DIT_PRESETS["tiny"])
+        dit.init_weights()
+        fuser = TokenFuser(tiny_fuser_config())
+        fuser.init_weights(torch.Generator().manual_seed(seed))
+        self.model = Mimir(dit, fuser).to(device)
+
+    def baseline(self, step: int) -> Tensor:
+        """T5 alone."""
+        return self._loss(step, alone=True, dropped=DROPPED)
+
+    def mimir(self, step: int) -> Tensor:
+        """The fused condition, or T5 alone in a quarter of the steps; only those drop captions."""
+        alone = random.Random(f"alone/{self.seed}/{step}").random() < ALONE
+        return self._loss(10_000_000 + step, alone, DROPPED / ALONE if alone else 0.0)
+
+    def _loss(self, step: int, alone: bool, dropped: float) -> Tensor:
+        """Mean squared error of the velocity on one batch."""
+        index, which, drop, t = self._draw(step, dropped)
+        x0 = self.features.latents[index].float().to(self.device) * self.diffusion.latent_scale  # (B, C, T, H, W)
+        noise = torch.randn_like(x0)
+        a = alpha_of(self.alphas, t, x0)
+        with torch.autocast(x0.device.type, torch.bfloat16):
+            text = self._condition(index, which, drop, alone)  # (B, n or n + 4, D)
+            output = self.model.dit(add_noise(x0, noise, a), t, text)
+        return (output.float() - velocity(x0, noise, a)).square().mean()
+
+    def _draw(self, step: int, dropped: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        count = len(self.features.latents)
+        index = torch.randint(count, (BATCH,), generator=generator)
+        which = torch.randint(self.features.t5.shape[1], (BATCH,), generator=generator)
+        drop = torch.rand(BATCH, generator=generator) < dropped
+        # stratified timesteps: one from each 1/B of the schedule
+        u = (torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) / BATCH
+        t = (u * self.diffusion.num_train_timesteps).long().clamp(max=self.diffusion.num_train_timesteps - 1)
+        return index, which, drop, t.to(self.device)
+
+    def _condition(self, index: Tensor, which: Tensor, drop: Tensor, alone: bool) -> Tensor:
+        text = self.features.t5[index, which].float().to(self.device)  # (B, n, D)
+        text = torch.where(drop.to(self.device)[:, None, None], self.null, text)
+        if alone:
+            return text
+        llm = self.features.llm[index, which].float().to(self.device)  # (B, L, Dl)
+        mask = torch.arange(llm.shape[1])[None] < self.features.length[index, which][:, None]
+        instruction = self.features.instruction[index, which].float().to(self.device)
+        return self.model.fuser(text, llm, instruction, mask.to(self.device))
+
+
+def tiny_fuser_config() -> FuserConfig:
+    """The full fuser at the widths of Mimir Tiny."""
+    values = {**FUSER_PRESETS["mimir"].__dict__}
+    return FuserConfig(**{**values, "text_dim": DIT_PRESETS["tiny"].text_embed_dim, "llm_dim": PHI_PRESETS["tiny"].hidden_size})
+
+
+def train_dit(training: DitTraining, folder: Path) -> Mimir:
+    """Both stages, one after the other. Returns the networks with averaged weights."""
+    train("dit-baseline", training.model.dit, training.baseline, BASELINE, folder, training.seed)
+    train("dit-mimir", training.model, training.mimir, MIMIR, folder, training.seed)
+    return training.model

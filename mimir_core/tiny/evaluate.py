@@ -1,0 +1,160 @@
+"""Measures Mimir Tiny with the exact detector: `python -m mimir_core.tiny.evaluate`.
+
+The 200 scenes, captions and seeds are fixed in prompts.json; no training set holds any of the scenes. Every style is
+generated twice from the same noise, once from T5 alone and once from the fused condition.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..diffusion import cfg_schedule, trailing_timesteps
+from ..llm import encode_prompt
+from ..sampling import SAMPLERS, guided
+from .captions import STYLES, caption
+from .detector import judge
+from .parts import WEIGHTS, Parts, load_parts
+from .world import FRAMES, SIZE, Scene, Thing, random_scene, render, stage
+
+PROMPTS = Path(__file__).parent / "prompts.json"
+SHARES = {"one": 70, "light": 40, "count": 40, "pair": 10, "relation": 40}
+STEPS, CFG = 25, 3.0
+
+# name: (which scenes, which verdict)
+METRICS: dict[str, tuple[Callable[[Scene], bool], str]] = {
+    "colour of one object": (lambda s: s.kind in ("one", "light"), "colour"),
+    "motion of one object": (lambda s: s.kind in ("one", "light"), "motion"),
+    "day and night": (lambda s: s.kind == "light", "light"),
+    "count (two or three alike)": (lambda s: s.kind == "count", "count"),
+    "shape of one object": (lambda s: s.kind in ("one", "light"), "shape"),
+    "both colours of two objects": (lambda s: s.kind in ("pair", "relation"), "colour"),
+    "relation of two objects": (lambda s: s.kind == "relation", "relation"),
+    "everything the caption says": (lambda s: True, "all"),
+}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A scene, its caption in every style, and the seed of its noise."""
+
+    scene: Scene
+    captions: dict[str, str]
+    seed: int
+
+
+def make_prompts(seed: int = 2412) -> list[Prompt]:
+    """The fixed list, as it was first written to prompts.json."""
+    rng = random.Random(seed)
+    scenes = [random_scene(rng, kind, held_out=True) for kind, share in SHARES.items() for _ in range(share)]
+    return [Prompt(s, {style: caption(s, style, rng) for style in STYLES}, seed + i) for i, s in enumerate(scenes)]
+
+
+def load_prompts(path: Path = PROMPTS) -> list[Prompt]:
+    """The list in prompts.json."""
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    for row in rows:
+        row["scene"]["things"] = tuple(Thing(**t) for t in row["scene"]["things"])
+    return [Prompt(Scene(**row["scene"]), row["captions"], row["seed"]) for row in rows]
+
+
+def save_prompts(prompts: Sequence[Prompt], path: Path = PROMPTS) -> None:
+    """One prompt a line, for readable differences."""
+    lines = ",\n".join(json.dumps(asdict(p), sort_keys=True) for p in prompts)
+    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+@torch.no_grad()
+def condition(parts: Parts, prompt: str, fused: bool) -> Tensor:
+    """(1, n, D) from T5 alone or (1, n + 4, D) fused, with the likeliest answer."""
+    text = parts.t5.encode(prompt).hidden
+    if not fused:
+        return text
+    tokens = encode_prompt(parts.phi, parts.phi_tokenizer, prompt, max_answer_tokens=32)
+    return parts.fuser(text, tokens.sequence(), tokens.instruction)
+
+
+@torch.no_grad()
+def generate(
+    parts: Parts, prompts: Sequence[str], seeds: Sequence[int], fused: bool, steps: int = STEPS, scale: float = CFG
+) -> Tensor:
+    """(B, 3, F, H, W) in -1..1. Noise depends on the seed alone."""
+    positive = torch.cat([condition(parts, prompt, fused) for prompt in prompts])
+    negative = parts.t5.encode("").hidden
+    shape = (parts.transformer.config.in_channels, (FRAMES - 1) // 4 + 1, SIZE // 8, SIZE // 8)
+    noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+    timesteps = trailing_timesteps(steps, parts.diffusion)
+    denoise = guided(parts.transformer, positive, negative, cfg_schedule("constant", scale, timesteps))
+    latents = SAMPLERS["ddim"](denoise, noise.to(positive.device), timesteps, schedule=parts.diffusion)
+    return parts.vae.decode(latents / parts.diffusion.latent_scale).sample.cpu()
+
+
+def score(prompts: Sequence[Prompt], videos: Tensor) -> dict[str, float]:
+    """Share of scenes that each metric finds right."""
+    marks = defaultdict(list)
+    for prompt, video in zip(prompts, videos, strict=True):
+        verdict = judge(video, prompt.scene)
+        for name, (applies, key) in METRICS.items():
+            if applies(prompt.scene):
+                marks[name].append(verdict[key])
+    return {name: sum(marks[name]) / len(marks[name]) for name in METRICS if marks[name]}
+
+
+def rendered_truth(prompts: Sequence[Prompt]) -> Tensor:
+    """What the renderer makes of the scenes: the detector's own ceiling."""
+    return render([stage(p.scene, random.Random(p.seed)) for p in prompts])
+
+
+def evaluate(parts: Parts, prompts: Sequence[Prompt], styles: Sequence[str], batch: int = 20) -> dict[str, dict]:
+    """{"truth": metrics, "simple/fused": metrics, "simple/t5": metrics, ...}"""
+    results = {"truth": score(prompts, rendered_truth(prompts))}
+    for style in styles:
+        for name, fused in (("fused", True), ("t5", False)):
+            videos = []
+            for i in range(0, len(prompts), batch):
+                part = prompts[i : i + batch]
+                videos.append(generate(parts, [p.captions[style] for p in part], [p.seed for p in part], fused))
+            results[f"{style}/{name}"] = score(prompts, torch.cat(videos))
+            print(f"{style}/{name}: {json.dumps(results[f'{style}/{name}'])}", flush=True)
+    return results
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """Markdown: a row per metric, a column per condition, in per cent."""
+    columns = list(results)
+    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    for name in METRICS:
+        cells = [f"{100 * results[c][name]:.0f}" if name in results[c] else "" for c in columns]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder with the parts")
+    parser.add_argument("--styles", nargs="+", default=["simple", "held"], choices=STYLES)
+    parser.add_argument("--every", type=int, default=1, help="take every n-th prompt, for a quick look")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="where to write results.json")
+    options = parser.parse_args()
+    began = time.perf_counter()
+    prompts = load_prompts()[:: options.every]
+    results = evaluate(load_parts(options.weights, options.device), prompts, options.styles)
+    print(table(results))
+    print(f"{len(prompts)} prompts, {STEPS} steps, cfg {CFG}, {time.perf_counter() - began:.0f} s on {options.device}")
+    if options.out:
+        options.out.write_text(json.dumps({"prompts": len(prompts), "steps": STEPS, "cfg": CFG, **results}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Training features of Mimir Tiny, computed once: latents, T5 tokens and language model tokens of captioned clips.
+
+Each shard holds SHARD clips with CAPTIONS captions each, drawn from its number and the seed alone, so that shards can
+be made in any order or by several processes.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLCogVideoX
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..llm import encode_known
+from ..phi import Phi3ForCausalLM
+from ..text import PhiTokenizer, T5Encoder
+from .captions import canonical, caption
+from .corpus import vary
+from .world import random_scene, render, stage
+
+SHARD = 1000
+CAPTIONS = 2  # per clip: one simple, one seen or long
+TEXT_LENGTH = 64
+
+
+@dataclass(frozen=True)
+class Features:
+    """N clips. Latents (N, 16, 3, 8, 8) unscaled; per caption t5 (N, 2, 64, 96), llm (N, 2, 64, 128) zero-padded with
+    `length` (N, 2) real tokens, instruction (N, 2, 4, 128). float16 on disk and in memory."""
+
+    latents: Tensor
+    t5: Tensor
+    llm: Tensor
+    length: Tensor
+    instruction: Tensor
+
+    @classmethod
+    def load(cls, folder: Path, shards: int) -> Features:
+        """All shards of a folder."""
+        parts = [load_file(folder / f"{index:04d}.safetensors") for index in range(shards)]
+        return cls(**{key: torch.cat([part[key] for part in parts]) for key in parts[0]})
+
+
+def make_shard(
+    path: Path,
+    index: int,
+    seed: int,
+    vae: AutoencoderKLCogVideoX,
+    t5: T5Encoder,
+    phi: Phi3ForCausalLM,
+    tokenizer: PhiTokenizer,
+    clips: int = SHARD,
+) -> None:
+    """Writes one shard, unless it is there."""
+    if path.exists():
+        return
+    rng = random.Random(f"features/{seed}/{index}")
+    scenes = [random_scene(rng) for _ in range(clips)]
+    stagings = [stage(scene, rng) for scene in scenes]
+    latents = torch.cat([_encode(vae, stagings[i : i + 20]) for i in range(0, clips, 20)])
+    texts, answers = [], []
+    for scene in scenes:
+        other = rng.choice(("seen", "seen", "long"))
+        texts += [caption(scene, "simple", rng), vary(caption(scene, other, rng), rng)]
+        answers += [canonical(scene)] * CAPTIONS
+    found = [_text(texts[i : i + 50], answers[i : i + 50], t5, phi, tokenizer) for i in range(0, len(texts), 50)]
+    t5_tokens, llm, length, instruction = (torch.cat(column) for column in zip(*found, strict=True))
+    pairs = {"t5": t5_tokens, "llm": llm, "length": length, "instruction": instruction}
+    tensors = {"latents": latents, **{k: v.unflatten(0, (clips, CAPTIONS)) for k, v in pairs.items()}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    save_file({k: v if k == "length" else v.half() for k, v in tensors.items()}, partial)
+    partial.rename(path)
+
+
+@torch.no_grad()
+def _encode(vae: AutoencoderKLCogVideoX, stagings: list) -> Tensor:
+    video = render(stagings).to(vae.device)
+    with torch.autocast(video.device.type, torch.bfloat16):
+        return vae.encode(video).latent_dist.mean.float().cpu()
+
+
+def _text(
+    texts: list[str], answers: list[str], t5: T5Encoder, phi: Phi3ForCausalLM, tokenizer: PhiTokenizer
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens = encode_known(phi, tokenizer, texts, answers)
+    sequences = [t.sequence()[0, :TEXT_LENGTH] for t in tokens]
+    llm = torch.stack([torch.nn.functional.pad(s, (0, 0, 0, TEXT_LENGTH - len(s))) for s in sequences])
+    length = torch.tensor([len(s) for s in sequences])
+    return t5.encode(texts).hidden.cpu(), llm.cpu(), length, torch.cat([t.instruction for t in tokens]).cpu()
