@@ -9,7 +9,6 @@ from typing import Any
 
 import psutil
 import pytest
-import tomllib
 
 from launcher.client import Client
 from launcher.comfyui import Comfy
@@ -43,6 +42,7 @@ def our_nodes(object_info: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 
 def test_every_node_explains_itself(object_info: dict[str, Any]) -> None:
+    assert our_nodes(object_info)
     for name, schema in our_nodes(object_info):
         assert schema["description"], name
         assert schema["display_name"] and schema["category"].startswith("Mimir"), name
@@ -69,10 +69,11 @@ def test_templates_are_offered_with_a_picture(host: Client) -> None:
         assert host.get_bytes(f"/api/workflow_templates/{PACK_FOLDER}/{name}.jpg")[:2] == b"\xff\xd8"
 
 
-def test_the_version_that_we_need_is_the_one_that_we_say(comfy: Comfy) -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert project["tool"]["comfy"]["requires-comfyui"] == ">=0.3.75"
-    assert f"## {project['project']['version']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+def test_the_versions_agree() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'requires-comfyui = ">=0.3.75"' in project
+    version = re.search(r'^version = "([^"]+)"', project, re.MULTILINE)
+    assert version and f"## {version[1]}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("kind", ["broken", "useless"])
