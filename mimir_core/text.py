@@ -161,7 +161,7 @@ class PhiTokenizer:
         ValueError when the template does not show the user's words exactly once.
         """
         prompt = self.defuse(prompt)
-        words = prompt if instruction is None else prompt + INSTRUCTION_JOIN + self.defuse(instruction)
+        words = INSTRUCTION_JOIN.join(part for part in (prompt, self.defuse(instruction or "")) if part)
         before, after = self._frame(None if system is None else self.defuse(system))
         text = before + words + after
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -215,7 +215,7 @@ class PhiTokenizer:
 
     def _check_words(self, text: str, ids: list[int], spans: list[tuple[int, int]], start: int, end: int) -> None:
         for position in positions_within(spans, start, end):
-            if ids[position] in self._reserved:
+            if ids[position] in self._reserved and spans[position][0] >= start:
                 found = text[slice(*spans[position])]
                 raise ValueError(f"the prompt contains {found!r}, which this model reads as a control token; rephrase it")
 
