@@ -1,9 +1,9 @@
 """Captions of scenes in four styles, and what a language model should answer about them.
 
-SIMPLE uses one fixed word for each attribute. SEEN replaces words by synonyms that videos are captioned with during
-training. HELD replaces them by synonyms that only the language model has ever read: a model that follows those
-captions can know them from the language model alone. UNREAD words are read by nobody; they show what none of this
-buys. LONG wraps SIMPLE or SEEN words into several sentences.
+SIMPLE uses one fixed word for each attribute. SEEN replaces words by synonyms that videos are captioned with
+during training. HELD replaces them by synonyms that only the language model has ever read: a model that
+follows those captions can know them from the language model alone. UNREAD words are read by nobody; they show
+what none of this buys. LONG wraps SIMPLE or SEEN words into several sentences.
 """
 
 from __future__ import annotations
@@ -33,24 +33,52 @@ SHAPE_WORDS: Words = {
 }
 # verbs in the singular; the plural drops the first word's s
 MOTION_WORDS: Words = {
-    "left": ("moves left", ("slides left", "goes to the left"), ("heads leftward", "drifts westward"), ("veers larboard",)),
-    "right": ("moves right", ("slides right", "goes to the right"), ("heads rightward", "drifts eastward"), ("veers dexter",)),
+    "left": (
+        "moves left",
+        ("slides left", "goes to the left"),
+        ("heads leftward", "drifts westward"),
+        ("veers larboard",),
+    ),
+    "right": (
+        "moves right",
+        ("slides right", "goes to the right"),
+        ("heads rightward", "drifts eastward"),
+        ("veers dexter",),
+    ),
     "up": ("moves up", ("rises", "goes to the top"), ("ascends", "climbs skyward"), ("levitates",)),
     "down": ("moves down", ("falls", "goes to the bottom"), ("descends", "sinks earthward"), ("plummets",)),
     "appears": ("appears", ("shows up", "fades in"), ("emerges", "materialises"), ("manifests",)),
     "disappears": ("disappears", ("goes away", "fades out"), ("vanishes", "dissolves"), ("evanesces",)),
 }
 RELATION_WORDS: Words = {
-    "left of": ("left of", ("to the left of", "on the left side of"), ("leftward of", "west of"), ("sinister of",)),
-    "right of": ("right of", ("to the right of", "on the right side of"), ("rightward of", "east of"), ("dexter of",)),
+    "left of": (
+        "left of",
+        ("to the left of", "on the left side of"),
+        ("leftward of", "west of"),
+        ("sinister of",),
+    ),
+    "right of": (
+        "right of",
+        ("to the right of", "on the right side of"),
+        ("rightward of", "east of"),
+        ("dexter of",),
+    ),
     "above": ("above", ("over", "on top of"), ("higher than", "atop"), ("surmounting",)),
     "below": ("below", ("under", "underneath"), ("lower than", "beneath"), ("subjacent to",)),
 }
 LIGHT_WORDS: Words = {
-    "day to night": ("day turns to night", ("it gets dark", "the day becomes night"),
-                     ("dusk falls", "the sun sets"), ("the gloaming deepens",)),
-    "night to day": ("night turns to day", ("it gets light", "the night becomes day"),
-                     ("dawn breaks", "the sun comes up"), ("the aurora kindles",)),
+    "day to night": (
+        "day turns to night",
+        ("it gets dark", "the day becomes night"),
+        ("dusk falls", "the sun sets"),
+        ("the gloaming deepens",),
+    ),
+    "night to day": (
+        "night turns to day",
+        ("it gets light", "the night becomes day"),
+        ("dawn breaks", "the sun comes up"),
+        ("the aurora kindles",),
+    ),
 }
 COUNT_WORDS: Words = {
     "2": ("two", ("2", "a pair of"), ("a couple of", "twin"), ("a brace of",)),
@@ -72,7 +100,9 @@ def canonical(scene: Scene) -> str:
 
 
 def instruction_answers(scene: Scene) -> tuple[str, str, str, str]:
-    """Short answers to the four default instructions: objects and number, colours, relation, motion and light."""
+    """Short answers to the four default instructions: objects and number, colours, relation, motion and
+    light.
+    """
     things = scene.things
     if len(things) == 2:
         number = " and ".join(f"one {t.shape}" for t in things)
@@ -80,7 +110,11 @@ def instruction_answers(scene: Scene) -> tuple[str, str, str, str]:
         number = {1: "one ", 2: "two ", 3: "three "}[scene.count] + _plural(things[0].shape, scene.count)
     colours = " and ".join(f"{t.shape} {t.colour}" for t in things)
     relation = f"{things[0].shape} {scene.relation} {things[1].shape}" if scene.relation else "none"
-    motion = things[0].motion if things[0].motion in ("still", "appears", "disappears") else f"moves {things[0].motion}"
+    motion = (
+        things[0].motion
+        if things[0].motion in ("still", "appears", "disappears")
+        else f"moves {things[0].motion}"
+    )
     return number, colours, relation, f"{motion}, {scene.light}"
 
 
@@ -140,11 +174,17 @@ def _long(scene: Scene, rng: random.Random) -> str:
     subject = "It" if scene.count == 1 else "They"
     if len(scene.things) == 2:
         second = _noun(scene.things[1], 1, style, rng)
-        link = f"It is {_pick(RELATION_WORDS, scene.relation, style, rng)}" if scene.relation else "Next to it there is"
+        link = (
+            f"It is {_pick(RELATION_WORDS, scene.relation, style, rng)}"
+            if scene.relation
+            else "Next to it there is"
+        )
         parts.append(f"{link} {second}.")
     if first.motion != "still":
         verb = _conjugate(_pick(MOTION_WORDS, first.motion, style, rng), scene.count)
-        parts.append(f"{subject if len(scene.things) == 1 else 'The ' + _pick(SHAPE_WORDS, first.shape, style, rng)} {verb}.")
+        if len(scene.things) == 2:
+            subject = f"The {_pick(SHAPE_WORDS, first.shape, style, rng)}"
+        parts.append(f"{subject} {verb}.")
     elif rng.random() < 0.5:
         parts.append(rng.choice(_STILL))
     if scene.light != "steady":

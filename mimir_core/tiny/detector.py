@@ -1,7 +1,9 @@
-"""An exact detector for the synthetic world: which shapes of which colour are where in each frame, and what they do.
+"""An exact detector for the synthetic world: which shapes of which colour are where in each frame, and what
+they do.
 
-Nothing is learnt here: saturation separates shapes from grey ground, connected components separate shapes from one
-another, hue names the colour, and the best of three templates of equal mass and centroid names the shape.
+Nothing is learnt here: saturation separates shapes from grey ground, connected components separate shapes
+from one another, hue names the colour, and the best of three templates of equal mass and centroid names the
+shape.
 """
 
 from __future__ import annotations
@@ -95,8 +97,8 @@ def _shape(mask: np.ndarray) -> str:
 def judge(video: Tensor, scene: Scene) -> dict[str, bool]:
     """Compares a clip (3, F, H, W) in -1..1 with what its caption says.
 
-    Returns only what the caption speaks of: 'colour' and 'shape' (of every thing), 'count', 'motion', 'relation',
-    'light', and 'all' (everything above right).
+    Returns only what the caption speaks of: 'colour' and 'shape' (of every thing), 'count', 'motion',
+    'relation', 'light', and 'all' (everything above right).
     """
     frames = ((video.float() + 1) / 2).clamp(0, 1).permute(1, 2, 3, 0).cpu().numpy()  # (F, H, W, 3)
     seen = [blobs(f) for f in frames]

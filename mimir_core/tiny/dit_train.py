@@ -1,9 +1,9 @@
 """The DiT and the Token Fuser of Mimir Tiny.
 
-First the baseline: the DiT on T5's tokens alone. Then Mimir: the fuser joins at its identity initialisation and both
-train on; in a quarter of these steps the fuser is switched off, so that one set of weights serves both conditions and
-comparing them is fair. The loss is CogVideoX's: the mean squared error of the velocity under a zero-terminal-SNR
-schedule, with captions dropped for classifier-free guidance.
+First the baseline: the DiT on T5's tokens alone. Then Mimir: the fuser joins at its identity initialisation
+and both train on; in a quarter of these steps the fuser is switched off, so that one set of weights serves
+both conditions and comparing them is fair. The loss is CogVideoX's: the mean squared error of the velocity
+under a zero-terminal-SNR schedule, with captions dropped for classifier-free guidance.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..config import DIT_PRESETS, FUSER_PRESETS, DiffusionConfig, FuserConfig, PHI_PRESETS
+from ..config import DIT_PRESETS, FUSER_PRESETS, PHI_PRESETS, DiffusionConfig, FuserConfig
 from ..diffusion import add_noise, alpha_of, alphas_cumprod, velocity
 from ..dit import CogVideoXTransformer
 from ..fuser import TokenFuser
@@ -23,8 +23,28 @@ from .features import Features
 from .loop import LoopConfig, train
 
 BATCH = 32
-BASELINE = LoopConfig(steps=4000, muon_rate=0.01, adam_rate=2e-3, warmup=100, flat=0.9, final=0.7, ema=0.998, save_every=250, log_every=100)
-MIMIR = LoopConfig(steps=9000, muon_rate=0.01, adam_rate=2e-3, warmup=100, flat=0.4, final=0.03, ema=0.998, save_every=250, log_every=100)
+BASELINE = LoopConfig(
+    steps=4000,
+    muon_rate=0.01,
+    adam_rate=2e-3,
+    warmup=100,
+    flat=0.9,
+    final=0.7,
+    ema=0.998,
+    save_every=250,
+    log_every=100,
+)
+MIMIR = LoopConfig(
+    steps=9000,
+    muon_rate=0.01,
+    adam_rate=2e-3,
+    warmup=100,
+    flat=0.4,
+    final=0.03,
+    ema=0.998,
+    save_every=250,
+    log_every=100,
+)
 ALONE = 0.25  # share of the Mimir steps in which T5 stands alone
 DROPPED = 0.10  # share of captions that are dropped, over all steps
 
@@ -40,7 +60,9 @@ class Mimir(nn.Module):
 class DitTraining:
     """Losses of both stages over cached features."""
 
-    def __init__(self, features: Features, t5: T5Encoder, diffusion: DiffusionConfig, seed: int, device: str = "cpu") -> None:
+    def __init__(
+        self, features: Features, t5: T5Encoder, diffusion: DiffusionConfig, seed: int, device: str = "cpu"
+    ) -> None:
         torch.manual_seed(seed)
         self.features, self.diffusion, self.seed, self.device = features, diffusion, seed, device
         self.alphas = alphas_cumprod(diffusion)
@@ -63,7 +85,9 @@ class DitTraining:
     def _loss(self, step: int, alone: bool, dropped: float) -> Tensor:
         """Mean squared error of the velocity on one batch."""
         index, which, drop, t = self._draw(step, dropped)
-        x0 = self.features.latents[index].float().to(self.device) * self.diffusion.latent_scale  # (B, C, T, H, W)
+        x0 = (
+            self.features.latents[index].float().to(self.device) * self.diffusion.latent_scale
+        )  # (B, C, T, H, W)
         noise = torch.randn_like(x0)
         a = alpha_of(self.alphas, t, x0)
         with torch.autocast(x0.device.type, torch.bfloat16):
@@ -96,7 +120,13 @@ class DitTraining:
 def tiny_fuser_config() -> FuserConfig:
     """The full fuser at the widths of Mimir Tiny."""
     values = {**FUSER_PRESETS["mimir"].__dict__}
-    return FuserConfig(**{**values, "text_dim": DIT_PRESETS["tiny"].text_embed_dim, "llm_dim": PHI_PRESETS["tiny"].hidden_size})
+    return FuserConfig(
+        **{
+            **values,
+            "text_dim": DIT_PRESETS["tiny"].text_embed_dim,
+            "llm_dim": PHI_PRESETS["tiny"].hidden_size,
+        }
+    )
 
 
 def train_dit(training: DitTraining, folder: Path) -> Mimir:

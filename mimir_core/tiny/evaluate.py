@@ -1,7 +1,7 @@
 """Measures Mimir Tiny with the exact detector: `python -m mimir_core.tiny.evaluate`.
 
-The 200 scenes, captions and seeds are fixed in prompts.json; no training set holds any of the scenes. Every style is
-generated twice from the same noise, once from T5 alone and once from the fused condition.
+The 200 scenes, captions and seeds are fixed in prompts.json; no training set holds any of the scenes. Every
+style is generated twice from the same noise, once from T5 alone and once from the fused condition.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def make_prompts(seed: int = 2412) -> list[Prompt]:
     """The fixed list, as it was first written to prompts.json."""
     rng = random.Random(seed)
     scenes = [random_scene(rng, kind, held_out=True) for kind, share in SHARES.items() for _ in range(share)]
-    return [Prompt(s, {style: caption(s, style, rng) for style in STYLES}, seed + i) for i, s in enumerate(scenes)]
+    return [
+        Prompt(s, {style: caption(s, style, rng) for style in STYLES}, seed + i) for i, s in enumerate(scenes)
+    ]
 
 
 def load_prompts(path: Path = PROMPTS) -> list[Prompt]:
@@ -85,7 +87,12 @@ def condition(parts: Parts, prompt: str, fused: bool) -> Tensor:
 
 @torch.no_grad()
 def generate(
-    parts: Parts, prompts: Sequence[str], seeds: Sequence[int], fused: bool, steps: int = STEPS, scale: float = CFG
+    parts: Parts,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    fused: bool,
+    steps: int = STEPS,
+    scale: float = CFG,
 ) -> Tensor:
     """(B, 3, F, H, W) in -1..1. Noise depends on the seed alone."""
     positive = torch.cat([condition(parts, prompt, fused) for prompt in prompts])
@@ -114,7 +121,9 @@ def rendered_truth(prompts: Sequence[Prompt]) -> Tensor:
     return render([stage(p.scene, random.Random(p.seed)) for p in prompts])
 
 
-def evaluate(parts: Parts, prompts: Sequence[Prompt], styles: Sequence[str], batch: int = 20) -> dict[str, dict]:
+def evaluate(
+    parts: Parts, prompts: Sequence[Prompt], styles: Sequence[str], batch: int = 20
+) -> dict[str, dict]:
     """{"truth": metrics, "simple/fused": metrics, "simple/t5": metrics, ...}"""
     results = {"truth": score(prompts, rendered_truth(prompts))}
     for style in styles:
@@ -122,7 +131,9 @@ def evaluate(parts: Parts, prompts: Sequence[Prompt], styles: Sequence[str], bat
             videos = []
             for i in range(0, len(prompts), batch):
                 part = prompts[i : i + batch]
-                videos.append(generate(parts, [p.captions[style] for p in part], [p.seed for p in part], fused))
+                videos.append(
+                    generate(parts, [p.captions[style] for p in part], [p.seed for p in part], fused)
+                )
             results[f"{style}/{name}"] = score(prompts, torch.cat(videos))
             print(f"{style}/{name}: {json.dumps(results[f'{style}/{name}'])}", flush=True)
     return results
@@ -138,6 +149,36 @@ def table(results: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def contact_sheet(
+    videos: Tensor, captions: Sequence[str], path: Path, columns: int = 3, zoom: int = 2
+) -> None:
+    """Every clip as a strip of five frames with its caption below."""
+    from PIL import Image, ImageDraw
+
+    frames = [0, 2, 4, 6, 8]
+    width, height, margin = zoom * SIZE * len(frames), zoom * SIZE, 22
+    rows = -(-len(captions) // columns)
+    sheet = Image.new("RGB", (columns * (width + 12) + 12, rows * (height + margin + 8) + 12), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (video, text) in enumerate(zip(videos, captions, strict=True)):
+        x = 12 + (i % columns) * (width + 12)
+        y = 12 + (i // columns) * (height + margin + 8)
+        strip = torch.cat([video[:, f] for f in frames], dim=2)  # (3, H, 5 W)
+        pixels = ((strip.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        sheet.paste(Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST), (x, y))
+        draw.text((x, y + height + 4), text, fill="black", font_size=14)
+    sheet.save(path, quality=88)
+
+
+def sheet_of(
+    parts: Parts, prompts: Sequence[Prompt], path: Path, style: str = "simple", number: int = 18
+) -> None:
+    """A contact sheet of prompts spread evenly over the list, the fused condition, nothing chosen by hand."""
+    chosen = [prompts[i * len(prompts) // number] for i in range(number)]
+    captions = [p.captions[style] for p in chosen]
+    contact_sheet(generate(parts, captions, [p.seed for p in chosen], fused=True), captions, path)
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -145,15 +186,19 @@ def main() -> None:
     parser.add_argument("--styles", nargs="+", default=["simple", "held"], choices=STYLES)
     parser.add_argument("--every", type=int, default=1, help="take every n-th prompt, for a quick look")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, help="where to write results.json")
+    parser.add_argument("--out", type=Path, help="folder for tiny_results.json and contact_sheet.jpg")
     options = parser.parse_args()
     began = time.perf_counter()
     prompts = load_prompts()[:: options.every]
-    results = evaluate(load_parts(options.weights, options.device), prompts, options.styles)
+    parts = load_parts(options.weights, options.device)
+    results = evaluate(parts, prompts, options.styles)
     print(table(results))
-    print(f"{len(prompts)} prompts, {STEPS} steps, cfg {CFG}, {time.perf_counter() - began:.0f} s on {options.device}")
+    seconds = time.perf_counter() - began
+    print(f"{len(prompts)} prompts, {STEPS} steps, cfg {CFG}, {seconds:.0f} s on {options.device}")
     if options.out:
-        options.out.write_text(json.dumps({"prompts": len(prompts), "steps": STEPS, "cfg": CFG, **results}, indent=2) + "\n")
+        record = {"prompts": len(prompts), "steps": STEPS, "cfg": CFG, **results}
+        (options.out / "tiny_results.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        sheet_of(parts, prompts, options.out / "contact_sheet.jpg")
 
 
 if __name__ == "__main__":

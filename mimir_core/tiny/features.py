@@ -1,7 +1,8 @@
-"""Training features of Mimir Tiny, computed once: latents, T5 tokens and language model tokens of captioned clips.
+"""Training features of Mimir Tiny, computed once: latents, T5 tokens and language model tokens of captioned
+clips.
 
-Each shard holds SHARD clips with CAPTIONS captions each, drawn from its number and the seed alone, so that shards can
-be made in any order or by several processes.
+Each shard holds SHARD clips with CAPTIONS captions each, drawn from its number and the seed alone, so that
+shards can be made in any order or by several processes.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ TEXT_LENGTH = 64
 
 @dataclass(frozen=True)
 class Features:
-    """N clips. Latents (N, 16, 3, 8, 8) unscaled; per caption t5 (N, 2, 64, 96), llm (N, 2, 64, 128) zero-padded with
-    `length` (N, 2) real tokens, instruction (N, 2, 4, 128). float16 on disk and in memory."""
+    """N clips. Latents (N, 16, 3, 8, 8) unscaled; per caption t5 (N, 2, 64, 96), llm (N, 2, 64, 128)
+    zero-padded with `length` (N, 2) real tokens, instruction (N, 2, 4, 128). float16 on disk and in
+    memory.
+    """
 
     latents: Tensor
     t5: Tensor
@@ -67,7 +70,9 @@ def make_shard(
         other = rng.choice(("seen", "seen", "long"))
         texts += [caption(scene, "simple", rng), vary(caption(scene, other, rng), rng)]
         answers += [canonical(scene)] * CAPTIONS
-    found = [_text(texts[i : i + 50], answers[i : i + 50], t5, phi, tokenizer) for i in range(0, len(texts), 50)]
+    found = [
+        _text(texts[i : i + 50], answers[i : i + 50], t5, phi, tokenizer) for i in range(0, len(texts), 50)
+    ]
     t5_tokens, llm, length, instruction = (torch.cat(column) for column in zip(*found, strict=True))
     pairs = {"t5": t5_tokens, "llm": llm, "length": length, "instruction": instruction}
     tensors = {"latents": latents, **{k: v.unflatten(0, (clips, CAPTIONS)) for k, v in pairs.items()}}

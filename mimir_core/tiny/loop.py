@@ -1,7 +1,8 @@
 """One small training loop for every part of Mimir Tiny: seeded per step, resumable, safetensors only.
 
-The numbers of a step depend on the seed and the step alone, so a run that was stopped and started again repeats the
-run that was not. (The training of full-size Mimir lives elsewhere; this one is for toys and stays under a page.)
+The numbers of a step depend on the seed and the step alone, so a run that was stopped and started again
+repeats the run that was not. (The training of full-size Mimir lives elsewhere; this one is for toys and stays
+under a page.)
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How one part is trained. `muon_rate` drives matrices and kernels, `adam_rate` vectors and embeddings."""
+    """How one part is trained. `muon_rate` drives matrices and kernels, `adam_rate` vectors and
+    embeddings.
+    """
 
     steps: int
     muon_rate: float = 0.01
@@ -35,7 +38,8 @@ class LoopConfig:
 
 
 def orthogonalise(matrix: Tensor, rounds: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrix, by the quintic Newton-Schulz iteration of Muon (Jordan et al., 2024).
+    """The nearest semi-orthogonal matrix, by the quintic Newton-Schulz iteration of Muon (Jordan et al.,
+    2024).
 
     float32 throughout: the usual bfloat16 form is far slower on a CPU.
     """
@@ -51,7 +55,9 @@ def orthogonalise(matrix: Tensor, rounds: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, then orthogonalisation, for weights with two or more dimensions (kernels are flattened)."""
 
-    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.01) -> None:
+    def __init__(
+        self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.01
+    ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "decay": decay})
 
     @torch.no_grad()
@@ -73,13 +79,19 @@ class Optimisers:
 
     def __init__(self, module: nn.Module, config: LoopConfig) -> None:
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-        matrices = [p for n, p in named if p.ndim >= 2 and "embed_tokens" not in n and min(p.shape[0], p[0].numel()) > 4]
+        matrices = [
+            p
+            for n, p in named
+            if p.ndim >= 2 and "embed_tokens" not in n and min(p.shape[0], p[0].numel()) > 4
+        ]
         chosen = {id(p) for p in matrices}
         others = [p for _, p in named if id(p) not in chosen]
         self.config = config
         self.parts = [Muon(matrices, config.muon_rate)] if matrices else []
         if others:
-            self.parts.append(torch.optim.AdamW(others, config.adam_rate, betas=(0.9, 0.98), weight_decay=0.0))
+            self.parts.append(
+                torch.optim.AdamW(others, config.adam_rate, betas=(0.9, 0.98), weight_decay=0.0)
+            )
         self.params = [p for _, p in named]
         self.peaks = [group["lr"] for part in self.parts for group in part.param_groups]
 
@@ -87,7 +99,9 @@ class Optimisers:
         """Clips, updates and clears the gradients; `step` counts from 0."""
         nn.utils.clip_grad_norm_(self.params, self.config.clip)
         share = learning_rate_share(step, self.config)
-        for group, peak in zip((g for part in self.parts for g in part.param_groups), self.peaks, strict=True):
+        for group, peak in zip(
+            (g for part in self.parts for g in part.param_groups), self.peaks, strict=True
+        ):
             group["lr"] = peak * share
         for part in self.parts:
             part.step()
@@ -135,8 +149,8 @@ def train(
 ) -> nn.Module:
     """Trains `module` until `config.steps`, resuming from `folder/name` when there is a checkpoint.
 
-    `loss(step)` draws its own batch from the step number and returns a scalar. Returns the module, holding the moving
-    average of its weights when `config.ema` is set. `report()` adds words to a log line.
+    `loss(step)` draws its own batch from the step number and returns a scalar. Returns the module, holding
+    the moving average of its weights when `config.ema` is set. `report()` adds words to a log line.
     """
     optimisers = Optimisers(module, config)
     average = {k: v.detach().clone() for k, v in module.state_dict().items()} if config.ema else {}
@@ -151,8 +165,9 @@ def train(
         running += float(value.detach())
         if (step + 1) % config.log_every == 0:
             seconds = (time.process_time() - began) / (step + 1 - start)
-            print(f"{name} {step + 1}/{config.steps} loss {running / config.log_every:.4f} {seconds:.3f} cpu-s/step "
-                  f"{report()}", flush=True)
+            mean = running / config.log_every
+            progress = f"{name} {step + 1}/{config.steps} loss {mean:.4f} {seconds:.3f} cpu-s/step"
+            print(progress, report(), flush=True)
             running = 0.0
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             _save(module, optimisers, average, folder / name, step + 1)
@@ -166,10 +181,12 @@ def _update_average(average: dict[str, Tensor], module: nn.Module, decay: float,
     if average:
         weight = 1 - min(decay, (1 + step) / (10 + step))
         for key, value in module.state_dict().items():
-            average[key].lerp_(value.to(average[key].dtype), weight) if value.is_floating_point() else None
+            average[key].lerp_(value, weight)
 
 
-def _save(module: nn.Module, optimisers: Optimisers, average: dict[str, Tensor], folder: Path, step: int) -> None:
+def _save(
+    module: nn.Module, optimisers: Optimisers, average: dict[str, Tensor], folder: Path, step: int
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     pointer = folder / "state.json"
     slot = 1 - json.loads(pointer.read_text())["slot"] if pointer.exists() else 0

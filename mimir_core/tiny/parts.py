@@ -50,8 +50,10 @@ def load_parts(folder: Path = WEIGHTS, device: str = "cpu") -> Parts:
         load_phi(folder / "phi").to(device),
         PhiTokenizer.from_folder(folder / "phi"),
         _filled(CogVideoXTransformer(dit_config), folder / "transformer.safetensors").to(device),
-        _filled(TokenFuser(FuserConfig.from_dict(header(folder / "fuser.safetensors")["config"])),
-                folder / "fuser.safetensors").to(device),
+        _filled(
+            TokenFuser(FuserConfig.from_dict(header(folder / "fuser.safetensors")["config"])),
+            folder / "fuser.safetensors",
+        ).to(device),
         DiffusionConfig.from_dict(dit_header["diffusion"]),
     )
 
@@ -76,10 +78,14 @@ def save_part(path: Path, state: dict[str, Tensor], **header_values: Any) -> Non
     """Writes a state in float16 with JSON values in the header."""
     path.parent.mkdir(parents=True, exist_ok=True)
     halves = {k: v.detach().to("cpu", torch.float16).contiguous() for k, v in state.items()}
-    save_file(halves, path, {"format": "pt", **{k: json.dumps(v, sort_keys=True) for k, v in header_values.items()}})
+    save_file(
+        halves, path, {"format": "pt", **{k: json.dumps(v, sort_keys=True) for k, v in header_values.items()}}
+    )
 
 
-def save_transformer(path: Path, model: CogVideoXTransformer, diffusion: DiffusionConfig, **extra: Any) -> None:
+def save_transformer(
+    path: Path, model: CogVideoXTransformer, diffusion: DiffusionConfig, **extra: Any
+) -> None:
     """Writes the DiT with its own and its schedule's configuration."""
     save_part(path, model.state_dict(), config=to_dict(model.config), diffusion=to_dict(diffusion), **extra)
 

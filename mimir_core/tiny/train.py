@@ -49,7 +49,10 @@ def features_stage(folder: Path, seed: int, device: str, shards: int) -> None:
     """Shards that are there are kept, so that several processes may share the work."""
     vae = _vae(folder, seed, device)
     t5 = T5Encoder.from_folder(folder / "text" / "t5", TEXT_LENGTH, device=device)
-    phi, tokenizer = load_phi(folder / "text" / "phi").to(device), PhiTokenizer.from_folder(folder / "text" / "phi")
+    phi, tokenizer = (
+        load_phi(folder / "text" / "phi").to(device),
+        PhiTokenizer.from_folder(folder / "text" / "phi"),
+    )
     for index in range(shards):
         make_shard(folder / "features" / f"{index:04d}.safetensors", index, seed, vae, t5, phi, tokenizer)
         print(f"features {index + 1}/{shards}", flush=True)
@@ -75,11 +78,21 @@ def export_stage(folder: Path, seed: int, device: str, shards: int, target: Path
     vae = _vae(folder, seed, "cpu", "vae_final.safetensors")
     preview = preview_factors(vae, training.diffusion.latent_scale, seed)
     target.mkdir(parents=True, exist_ok=True)
-    save_transformer(target / "transformer.safetensors", training.model.dit, training.diffusion, preview=preview)
+    save_transformer(
+        target / "transformer.safetensors", training.model.dit, training.diffusion, preview=preview
+    )
     trained = {"preset": "mimir", "base": "mimir-tiny", "trained": True}
-    save_part(target / "fuser.safetensors", training.model.fuser.state_dict(),
-              config=training.model.fuser.config.__dict__, **trained)
-    save_part(target / "vae.safetensors", vae.state_dict(), config=VAE_CONFIG | {"scaling_factor": training.diffusion.latent_scale})
+    save_part(
+        target / "fuser.safetensors",
+        training.model.fuser.state_dict(),
+        config=training.model.fuser.config.__dict__,
+        **trained,
+    )
+    save_part(
+        target / "vae.safetensors",
+        vae.state_dict(),
+        config=VAE_CONFIG | {"scaling_factor": training.diffusion.latent_scale},
+    )
     for name in ("t5", "phi"):
         shutil.copytree(folder / "text" / name, target / name, dirs_exist_ok=True)
     print(f"wrote {target}: {sum(f.stat().st_size for f in target.rglob('*') if f.is_file()) / 1e6:.1f} MB")
@@ -94,13 +107,19 @@ def _vae(folder: Path, seed: int, device: str, name: str = "vae.safetensors"):  
 def _dit_training(folder: Path, seed: int, device: str, shards: int) -> DitTraining:
     features = Features.load(folder / "features", shards)
     t5 = T5Encoder.from_folder(folder / "text" / "t5", TEXT_LENGTH)
-    return DitTraining(features, t5, DiffusionConfig(latent_scale=latent_scale(features.latents)), seed, device)
+    return DitTraining(
+        features, t5, DiffusionConfig(latent_scale=latent_scale(features.latents)), seed, device
+    )
 
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/tiny"), help="folder for checkpoints and features")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/tiny"), help="folder for checkpoints and features"
+    )
     parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shards", type=int, default=16, help="of 1,000 clips each")

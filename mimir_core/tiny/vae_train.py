@@ -1,7 +1,8 @@
 """The VAE of Mimir Tiny: diffusers' AutoencoderKLCogVideoX, trained on rendered clips.
 
-Stages: single frames, then clips (encoder and decoder), then the decoder alone on noisy latents of the frozen encoder,
-which teaches it to forgive what a small DiT leaves behind. The DiT may start as soon as the encoder is frozen.
+Stages: single frames, then clips (encoder and decoder), then the decoder alone on noisy latents of the frozen
+encoder, which teaches it to forgive what a small DiT leaves behind. The DiT may start as soon as the encoder
+is frozen.
 """
 
 from __future__ import annotations
@@ -98,7 +99,9 @@ class VaeTraining:
 
 
 def train_vae(folder: Path, seed: int = 0, device: str = "cpu") -> AutoencoderKLCogVideoX:
-    """Single frames, then clips. Writes checkpoints into `folder`; returns the network with a settled encoder."""
+    """Single frames, then clips. Writes checkpoints into `folder`; returns the network with a settled
+    encoder.
+    """
     training = VaeTraining(seed, device)
     train("vae-images", training.vae, training.images, IMAGES, folder, seed, training.report)
     train("vae-clips", training.vae, training.videos, CLIPS, folder, seed, training.report)
@@ -108,16 +111,21 @@ def train_vae(folder: Path, seed: int = 0, device: str = "cpu") -> AutoencoderKL
 def train_decoder(training: VaeTraining, folder: Path) -> AutoencoderKLCogVideoX:
     """The decoder on noisy latents, the encoder as it is."""
     training.vae.encoder.requires_grad_(False)
-    return train("vae-decoder", training.vae, training.decoder, DECODER, folder, training.seed, training.report)
+    return train(
+        "vae-decoder", training.vae, training.decoder, DECODER, folder, training.seed, training.report
+    )
 
 
 @torch.no_grad()
 def whiten(vae: AutoencoderKLCogVideoX, seed: int) -> AutoencoderKLCogVideoX:
-    """Gives every latent channel unit standard deviation by rescaling weights; what the VAE reconstructs is unchanged.
+    """Gives every latent channel unit standard deviation by rescaling weights; what the VAE reconstructs is
+    unchanged.
 
     CogVideoX has one scale for all channels, and a DiT learns channels of small variance last.
     """
-    latents = torch.cat([vae.encode(part).latent_dist.mean for part in clips(seed, 40_000_000, 64).to(vae.device).split(8)])
+    latents = torch.cat(
+        [vae.encode(part).latent_dist.mean for part in clips(seed, 40_000_000, 64).to(vae.device).split(8)]
+    )
     spread = latents.std((0, 2, 3, 4))  # (C,)
     out = vae.encoder.conv_out.conv  # mean and log-variance of each channel
     channels = len(spread)
@@ -137,7 +145,9 @@ def latent_scale(latents: Tensor) -> float:
 
 
 def preview_factors(vae: AutoencoderKLCogVideoX, scale: float, seed: int) -> dict[str, list]:
-    """RGB in -1..1 of a scaled latent pixel as an affine map, by least squares: {"factors": (16, 3), "bias": (3,)}."""
+    """RGB in -1..1 of a scaled latent pixel as an affine map, by least squares: {"factors": (16, 3), "bias":
+    (3,)}.
+    """
     video = clips(seed, 30_000_000, 64)
     with torch.no_grad():
         latents = torch.cat([vae.encode(part).latent_dist.mean for part in video.split(8)]) * scale

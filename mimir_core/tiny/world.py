@@ -1,8 +1,10 @@
-"""The synthetic world of Mimir Tiny: what a scene is, how scenes are drawn at random, and how they are rendered.
+"""The synthetic world of Mimir Tiny: what a scene is, how scenes are drawn at random, and how they are
+rendered.
 
-A scene is what a caption can say: one to three flat shapes, their colours and motion, a relation between two of
-them, and how the light changes. A staging adds what a caption leaves open (places, sizes, background greys). Ten per
-cent of all attribute combinations are kept out of every training set; they are the test prompts.
+A scene is what a caption can say: one to three flat shapes, their colours and motion, a relation between two
+of them, and how the light changes. A staging adds what a caption leaves open (places, sizes, background
+greys). Ten per cent of all attribute combinations are kept out of every training set; they are the test
+prompts.
 
 Letters: B clips, N objects (3, unused ones are invisible), F frames (9), H = W = 64 pixels.
 """
@@ -53,8 +55,8 @@ class Thing:
 class Scene:
     """What a caption can say.
 
-    `count` copies of `things[0]` when there is one thing; two things when they stand in a `relation` or side by side
-    ("pair", relation None).
+    `count` copies of `things[0]` when there is one thing; two things when they stand in a `relation` or side
+    by side ("pair", relation None).
     """
 
     kind: str
@@ -86,7 +88,8 @@ class Staging:
     horizon: float
 
 
-# --- scenes -----------------------------------------------------------------------------------------------------------
+# --- scenes
+# -----------------------------------------------------------------------------------------------------------
 
 
 def random_scene(rng: random.Random, kind: str | None = None, held_out: bool = False) -> Scene:
@@ -118,7 +121,8 @@ def _draw(rng: random.Random, kind: str) -> Scene:
     return Scene(kind, (Thing(first.shape, first.colour, motion), second), relation=relation)
 
 
-# --- stagings ---------------------------------------------------------------------------------------------------------
+# --- stagings
+# ---------------------------------------------------------------------------------------------------------
 
 
 def stage(scene: Scene, rng: random.Random) -> Staging:
@@ -134,21 +138,33 @@ def stage(scene: Scene, rng: random.Random) -> Staging:
     return Staging(scene, starts, ends, radius, (ground, second), rng.uniform(0.3, 0.7) * SIZE)
 
 
-def _path(centre: tuple[float, float], motion: str, travel: float) -> tuple[tuple[float, float], tuple[float, float]]:
+def _path(
+    centre: tuple[float, float], motion: str, travel: float
+) -> tuple[tuple[float, float], tuple[float, float]]:
     dx, dy = _DIRECTION.get(motion, (0.0, 0.0))
     x, y = centre
     return (x - dx * travel / 2, y - dy * travel / 2), (x + dx * travel / 2, y + dy * travel / 2)
 
 
-def _centres(scene: Scene, number: int, radius: float, travel: float, rng: random.Random) -> list[tuple[float, float]]:
-    """Centres of the paths: inside the picture with their motion, apart from one another, obeying the relation."""
-    moving = [t.motion for t in scene.things][:1] * number if len(scene.things) == 1 else [t.motion for t in scene.things]
+def _centres(
+    scene: Scene, number: int, radius: float, travel: float, rng: random.Random
+) -> list[tuple[float, float]]:
+    """Centres of the paths: inside the picture with their motion, apart from one another, obeying the
+    relation.
+    """
+    moving = (
+        [t.motion for t in scene.things][:1] * number
+        if len(scene.things) == 1
+        else [t.motion for t in scene.things]
+    )
     gap = 2 * radius + 5.0
     for _ in range(1000):
         spots = [_spot(m, radius, travel, rng) for m in moving]
         if scene.relation is not None:
             spots[1] = _related(spots[0], scene.relation, gap, rng)
-        if all(_inside(s, m, radius, travel) for s, m in zip(spots, moving, strict=True)) and _apart(spots, moving, gap, travel):
+        if all(_inside(s, m, radius, travel) for s, m in zip(spots, moving, strict=True)) and _apart(
+            spots, moving, gap, travel
+        ):
             return spots
     raise AssertionError(f"no staging found for {scene.key()}")
 
@@ -169,7 +185,9 @@ def _inside(spot: tuple[float, float], motion: str, radius: float, travel: float
     return mx <= spot[0] <= SIZE - mx and my <= spot[1] <= SIZE - my
 
 
-def _related(first: tuple[float, float], relation: str, gap: float, rng: random.Random) -> tuple[float, float]:
+def _related(
+    first: tuple[float, float], relation: str, gap: float, rng: random.Random
+) -> tuple[float, float]:
     """A place for the second thing such that the first stands `relation` it."""
     away, aside = rng.uniform(gap, gap + 10.0), rng.uniform(-5.0, 5.0)
     x, y = first
@@ -197,11 +215,14 @@ def _apart(spots: list[tuple[float, float]], motions: list[str], gap: float, tra
     return True
 
 
-# --- rendering --------------------------------------------------------------------------------------------------------
+# --- rendering
+# --------------------------------------------------------------------------------------------------------
 
 
 def render(stagings: list[Staging]) -> Tensor:
-    """Renders clips: returns (B, 3, F, H, W) float32 in -1..1. Deterministic; edges are anti-aliased over one pixel."""
+    """Renders clips: returns (B, 3, F, H, W) float32 in -1..1. Deterministic; edges are anti-aliased over one
+    pixel.
+    """
     video = _background(stagings)  # (B, 3, F, H, W) in 0..1
     light = torch.tensor([_light_curve(s.scene.light) for s in stagings])  # (B, F), 1 day .. 0 night
     shine = (_NIGHT_OBJECT + (1 - _NIGHT_OBJECT) * light)[:, None, :, None, None]
@@ -248,8 +269,12 @@ def _cover(stagings: list[Staging], n: int) -> Tensor:
     end = torch.tensor([s.ends[n] if ok else (0.0, 0.0) for s, ok in zip(stagings, there, strict=True)])
     time = torch.linspace(0, 1, FRAMES)[None, :, None]
     centre = start[:, None] + time * (end - start)[:, None]  # (B, F, 2)
-    opacity = torch.tensor([_presence(_thing(s, n).motion) if ok else [0.0] * FRAMES
-                            for s, ok in zip(stagings, there, strict=True)])  # (B, F)
+    opacity = torch.tensor(
+        [
+            _presence(_thing(s, n).motion) if ok else [0.0] * FRAMES
+            for s, ok in zip(stagings, there, strict=True)
+        ]
+    )  # (B, F)
     radius = torch.tensor([s.radius for s in stagings])[:, None, None, None]
     grid = torch.arange(SIZE) + 0.5
     x = grid[None, None, None, :] - centre[:, :, 0, None, None]  # (B, F, 1, W)
@@ -269,7 +294,9 @@ def _square(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
 
 
 def _triangle(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
-    """Pointing up: apex at -1.2 r, base at 0.85 r, half as wide as 1.15 r; its centroid lies near the centre."""
+    """Pointing up: apex at -1.2 r, base at 0.85 r, half as wide as 1.15 r; its centroid lies near the
+    centre.
+    """
     slope = 1.15 / 2.05
     side = (x.abs() - slope * (y + 1.2 * r)) / (1 + slope * slope) ** 0.5
     return torch.maximum(side, y - 0.85 * r)
