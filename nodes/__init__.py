@@ -1,0 +1,37 @@
+"""ComfyUI nodes of Mimir. This list is the table of contents of the pack."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .decode import MimirVAEDecode, MimirVAEEncode
+from .encode import MimirPhiEncode, MimirT5Encode
+from .fuse import MimirTokenFuser
+from .host import files
+from .latent import MimirEmptyLatent
+from .load import MimirLoadFuser, MimirLoadModel, MimirLoadPhi, MimirLoadT5, MimirLoadTiny, MimirLoadVAE
+from .sample import MimirSampler
+
+NODES: list[type[io.ComfyNode]] = [
+    MimirLoadTiny,
+    MimirLoadModel,
+    MimirLoadT5,
+    MimirLoadPhi,
+    MimirLoadFuser,
+    MimirLoadVAE,
+    MimirT5Encode,
+    MimirPhiEncode,
+    MimirTokenFuser,
+    MimirEmptyLatent,
+    MimirSampler,
+    MimirVAEDecode,
+    MimirVAEEncode,
+]
+
+
+class MimirExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES
+
+
+async def comfy_entrypoint() -> ComfyExtension:
+    files.register()
+    return MimirExtension()

@@ -1,0 +1,146 @@
+"""The Token Fuser on the host's devices, and CONDITIONING in and out of it."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management as management
+import comfy.ops
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ...mimir_core import weights
+from ...mimir_core.config import FUSER_PRESETS, FuserConfig
+from ...mimir_core.fuser import TokenFuser
+from ...mimir_core.tokens import LlmTokens
+from .patcher import module_patcher
+
+UNTRAINED = "untrained (identity)"
+AS_TRAINED = "as trained"
+PRESETS = [AS_TRAINED, *FUSER_PRESETS]
+SWITCHES = ("use_llm", "norm", "zero_conv", "stabilizer")
+IDENTITY_NOTE = "This fuser is untrained: T5's condition passes unchanged, bit for bit."
+
+
+@dataclass(frozen=True)
+class Fuser:
+    """What travels on a MIMIR_FUSER wire. An untrained one may have no network: it fits any size."""
+
+    name: str
+    trained: bool
+    module: TokenFuser | None = None
+    patcher: ModelPatcher | None = None
+
+    @property
+    def config(self) -> FuserConfig | None:
+        return None if self.module is None else self.module.config
+
+
+def untrained_fuser() -> Fuser:
+    return Fuser(UNTRAINED, trained=False)
+
+
+def load_fuser(path: Path) -> Fuser:
+    """A fuser from its safetensors file, whose header holds its configuration."""
+    source = weights.read_fuser(path)
+    return build_fuser(path.name, source.config, source.state)
+
+
+def build_fuser(name: str, config: FuserConfig, state: dict[str, Tensor]) -> Fuser:
+    module = TokenFuser(config, ops=comfy.ops.manual_cast, dtype=next(iter(state.values())).dtype)
+    module.load_state_dict(state)
+    module.eval().requires_grad_(False)
+    return Fuser(name, is_trained(config, state), module, module_patcher(module))
+
+
+def is_trained(config: FuserConfig, state: dict[str, Tensor]) -> bool:
+    """Zero convolutions move with the first training step; while all are zero, nothing has been learnt."""
+    if not config.zero_conv:
+        return True
+    return any(
+        bool(tensor.any()) for name, tensor in state.items() if name.startswith(("encoder_conv", "llm_conv"))
+    )
+
+
+def range_problem(start: float | None, end: float | None) -> str:
+    """What is wrong with the part of the sampling that is to be fused, or an empty string."""
+    if start is None or end is None or start < end:
+        return ""
+    return (
+        f"start is {start:g} and end is {end:g}: start must come before end (0 to 1 for the whole sampling)."
+    )
+
+
+def fuse(
+    fuser: Fuser,
+    conditioning: list[Any],
+    tokens: LlmTokens,
+    preset: str,
+    strength: float,
+    window: tuple[float, float],
+) -> tuple[list[Any], str]:
+    """The fused CONDITIONING, active inside `window` with T5 alone outside, and what was done in words."""
+    problem = range_problem(*window)
+    if problem:
+        raise ValueError(problem)
+    if strength == 0:
+        return conditioning, "Strength 0: T5's condition passes unchanged, bit for bit."
+    if not fuser.trained or fuser.module is None or fuser.patcher is None:
+        return conditioning, IDENTITY_NOTE
+    module = with_preset(fuser, preset)
+    management.load_models_gpu([fuser.patcher])
+    llm, instruction = tokens.sequence(), tokens.instruction
+    fused: list[Any] = []
+    for text, options in conditioning:
+        joined = _run(module, fuser.patcher.load_device, text, llm, instruction, strength)
+        fused += _in_window(joined, text, options, window)
+    return fused, _report(module.config, tokens, fused[0][0].shape[1], preset)
+
+
+def with_preset(fuser: Fuser, preset: str) -> TokenFuser:
+    """The fuser's network used as another row of the ablation. ValueError where its weights lack a part."""
+    if preset not in PRESETS:
+        raise ValueError(f"preset is '{preset}', expected one of {', '.join(PRESETS)}")
+    module = fuser.module
+    if module is None:
+        raise RuntimeError(f"{fuser.name} has no network to set a preset on")
+    if preset == AS_TRAINED:
+        return module
+    switches = {name: getattr(FUSER_PRESETS[preset], name) for name in SWITCHES}
+    try:
+        return module.variant(replace(module.config, **switches))
+    except ValueError as error:
+        raise ValueError(f"The preset '{preset}' does not fit {fuser.name}: {error}") from error
+
+
+def _run(
+    module: TokenFuser, device: torch.device, text: Tensor, llm: Tensor, instruction: Tensor, strength: float
+) -> Tensor:
+    """Computed in float32 on `device`, returned where the host keeps such things."""
+    text, llm, instruction = (tensor.to(device, torch.float32) for tensor in (text, llm, instruction))
+    return module(text, llm, instruction, strength=strength).to(management.intermediate_device())
+
+
+def _in_window(
+    fused: Tensor, text: Tensor, options: dict[str, Any], window: tuple[float, float]
+) -> list[Any]:
+    """CONDITIONING entries: fused inside the window, T5 alone in what is left of the entry's own range."""
+    first, last = options.get("start_percent", 0.0), options.get("end_percent", 1.0)
+    start, end = max(first, window[0]), min(last, window[1])
+    if start >= end:
+        return [[text, options]]
+    if (start, end) == (first, last):
+        return [[fused, options]]
+    parts = [(fused, start, end), (text, first, start), (text, end, last)]
+    return [[part, {**options, "start_percent": a, "end_percent": b}] for part, a, b in parts if a < b]
+
+
+def _report(config: FuserConfig, tokens: LlmTokens, length: int, preset: str) -> str:
+    read, answered = tokens.query.shape[1], tokens.answer.shape[1]
+    found = f"Fused as '{preset}': {read} prompt and {answered} answer tokens; the condition has {length}."
+    if tokens.layer == config.llm_layer:
+        return found
+    return (
+        f"{found} Careful: it was trained on layer {config.llm_layer}, these tokens are layer {tokens.layer}."
+    )

@@ -1,0 +1,41 @@
+"""Building the host's CLIP and patchers, where the host's versions differ."""
+
+import inspect
+from typing import Any
+
+import comfy.model_management as management
+import comfy.model_patcher
+import comfy.sd
+import comfy.utils
+import torch
+from torch import Tensor, nn
+
+
+def core_patcher() -> type[comfy.model_patcher.ModelPatcher]:
+    """The patcher class of the host's own models (0.33 may have bound a dynamic one at start-up)."""
+    return getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)
+
+
+def module_patcher(module: nn.Module) -> comfy.model_patcher.ModelPatcher:
+    """A patcher for a small network of ours, on the devices that diffusion models use."""
+    if hasattr(management, "archive_model_dtypes"):
+        management.archive_model_dtypes(module)
+    devices = {
+        "load_device": management.get_torch_device(),
+        "offload_device": management.unet_offload_device(),
+    }
+    return core_patcher()(module, **devices)
+
+
+def build_clip(
+    target: Any, state: dict[str, Tensor], disable_dynamic: bool = False, dtype: torch.dtype | None = None
+) -> comfy.sd.CLIP:
+    """comfy.sd.CLIP with its weights, stored in `dtype`; the caller has checked that they are complete."""
+    options: dict[str, Any] = {"parameters": comfy.utils.calculate_parameters(state)}
+    if dtype is not None:
+        options["model_options"] = {"dtype": dtype}
+    if "state_dict" in inspect.signature(comfy.sd.CLIP.__init__).parameters:  # 0.33
+        return comfy.sd.CLIP(target, state_dict=[state], disable_dynamic=disable_dynamic, **options)
+    clip = comfy.sd.CLIP(target, **options)
+    clip.load_sd(state)
+    return clip

@@ -1,0 +1,39 @@
+"""What a node tells the person in front of it: a line on the node, progress, and the chance to interrupt."""
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_management as management
+import comfy.utils
+from comfy_api.latest import ui
+from comfy_execution.utils import get_executing_context
+
+log = logging.getLogger(__name__)
+
+
+def say(text: str) -> ui.PreviewText:
+    """Shows `text` on the node that is executing, and returns it for the node's `ui` (the history)."""
+    log.info("Mimir: %s", text)
+    context, server = get_executing_context(), _server()
+    if context is not None and server is not None:
+        server.send_progress_text(text, context.node_id)
+    return ui.PreviewText(text)
+
+
+def progress() -> Callable[[int, int], None]:
+    """A callback (done, total) that moves the node's progress bar, and raises when the user interrupted."""
+    bar = comfy.utils.ProgressBar(1)
+
+    def step(done: int, total: int) -> None:
+        management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    return step
+
+
+def _server() -> Any:
+    """The web server of this process, if it is one; importing its module would begin to set one up."""
+    prompt_server = getattr(sys.modules.get("server"), "PromptServer", None)
+    return getattr(prompt_server, "instance", None)

@@ -1,0 +1,161 @@
+"""T5 as the host's CLIP, without mask and without weights in the prompt: CogVideoX reads plain, padded text.
+
+The network is the host's own (fp8 files, LoRA, offloading); the tokenizer cuts and pads to the text length.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import comfy.sd
+import comfy.text_encoders.sd3_clip as host_t5
+import comfy.utils
+from comfy import sd1_clip
+from comfy.supported_models_base import ClipTarget
+from torch import Tensor
+
+from ...mimir_core import weights
+from ...mimir_core.config import T5_PRESETS, T5Config
+from ...mimir_core.text import Cut, load_tokenizer, t5_tokens
+from .patcher import build_clip
+
+NAME = "t5xxl"  # the key of T5 tokens in every CLIP of the host, whatever the size
+TEXT_LENGTH = 226  # CogVideoX's; Mimir Tiny has its own
+EOS, PAD = 1, 0
+HOST_TOKENIZER = Path(host_t5.__file__).parent / "t5_tokenizer"
+
+
+def load_t5(path: Path, length: int = TEXT_LENGTH, disable_dynamic: bool = False) -> comfy.sd.CLIP:
+    """A T5 encoder from a safetensors file or a Hugging Face folder.
+
+    T5 v1.1 XXL uses the tokenizer that ComfyUI ships; any other size needs its own files beside its weights.
+    """
+    source = weights.read_t5(path)
+    folder = HOST_TOKENIZER if source.config == T5_PRESETS["xxl"] else path
+    state, options = _quantisation(dict(source.state), source.header)
+    tokens = partial(T5Tokens, load_tokenizer(folder), length)
+    target = ClipTarget(tokens, partial(T5Model, source.config, options))
+    clip = build_clip(target, state, disable_dynamic)
+    clip.patcher.cached_patcher_init = (_reload, (path, length))
+    return clip
+
+
+def _reload(path: Path, length: int, disable_dynamic: bool = False) -> Any:
+    return load_t5(path, length, disable_dynamic).patcher
+
+
+def encode(clip: comfy.sd.CLIP, text: str) -> tuple[list[Any], str]:
+    """CONDITIONING (1, n, D) of the prompt, and a sentence that says what T5 had to cut.
+
+    Takes our CLIP, or any CLIP of the host that is T5 alone, whose tokens are then cut and padded to 226.
+    """
+    tokens = clip.tokenize(text)
+    if NAME not in tokens:
+        raise ValueError(_not_t5(tokens))
+    if isinstance(clip.tokenizer, T5Tokens):
+        return clip.encode_from_tokens_scheduled(tokens), _report(clip.tokenizer.read(text)[1])
+    tokens[NAME], cut = _fit(tokens[NAME])
+    conditioning = clip.encode_from_tokens_scheduled(tokens)
+    _check_foreign(conditioning)
+    return conditioning, _report(cut)
+
+
+def _not_t5(tokens: Mapping[str, Any]) -> str:
+    if "phi" in tokens:
+        return "T5 Encode got Phi-3.5. Connect Load T5 here, and Phi-3.5 to Phi-3.5 Encode."
+    return f"T5 Encode needs a T5 encoder, but this CLIP is of kind {', '.join(tokens)}. Connect Load T5."
+
+
+def _report(cut: Cut | None) -> str:
+    if cut is None:
+        return "T5 read the whole prompt."
+    words = cut.text.split()
+    quote = f", beginning with '{' '.join(words[:8])}'" if words else ""
+    return f"The prompt is too long for T5: the last {cut.tokens} tokens are cut off{quote}."
+
+
+def _fit(sections: list[list[Any]]) -> tuple[list[list[Any]], Cut | None]:
+    """The host's (id, weight) tokens as one section of 226, and what did not fit."""
+    found = [token for section in sections for token in section if not _is(token, (EOS, PAD))]
+    kept = found[: TEXT_LENGTH - 1]
+    section = [*kept, (EOS, 1.0)]
+    cut = Cut(len(found) - len(kept), "") if len(found) > len(kept) else None
+    return [section + [(PAD, 1.0)] * (TEXT_LENGTH - len(section))], cut
+
+
+def _is(token: Any, ids: tuple[int, ...]) -> bool:
+    return isinstance(token[0], int) and token[0] in ids  # an embedding is a tensor in the id's place
+
+
+def _check_foreign(conditioning: list[Any]) -> None:
+    for tokens, _ in conditioning:
+        if tokens.shape[1] != TEXT_LENGTH:
+            raise ValueError(
+                f"This CLIP joins T5 with other encoders ({tokens.shape[1]} tokens, CogVideoX reads "
+                f"{TEXT_LENGTH}). "
+                "Load T5 alone: Load T5, or core's Load CLIP with one T5 file."
+            )
+
+
+class T5Tokens:
+    """The tokenizer half of the CLIP: {"t5xxl": [[(id, 1.0), ...]]}, always `length` tokens."""
+
+    def __init__(
+        self, tokenizer: Any, length: int, embedding_directory: Any = None, tokenizer_data: Any = None
+    ) -> None:
+        self.tokenizer, self.length = tokenizer, length
+
+    def read(self, text: str) -> tuple[list[int], Cut | None]:
+        """Token ids and what was cut off."""
+        ids, cut = t5_tokens(self.tokenizer, [text], self.length)
+        return ids[0].tolist(), cut[0]
+
+    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_: Any) -> dict[str, Any]:
+        ids, _cut = self.read(text)
+        return {
+            NAME: [
+                [(token, 1.0, index) if return_word_ids else (token, 1.0) for index, token in enumerate(ids)]
+            ]
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+
+
+class T5Model(sd1_clip.SD1ClipModel):
+    """The network half: the host's T5 at our sizes."""
+
+    def __init__(
+        self,
+        config: T5Config,
+        quantisation: Mapping[str, Any],
+        device: Any = "cpu",
+        dtype: Any = None,
+        model_options: Any = None,
+    ) -> None:
+        options = {**(model_options or {}), **quantisation, f"{NAME}_model_config": _host_config(config)}
+        dtype = options.pop("dtype_t5", dtype)
+        super().__init__(
+            device=device, dtype=dtype, name=NAME, clip_model=host_t5.T5XXLModel, model_options=options
+        )
+
+
+def _host_config(config: T5Config) -> dict[str, Any]:
+    names = ("d_model", "num_layers", "num_heads", "d_kv", "d_ff", "vocab_size")
+    return {name: getattr(config, name) for name in names}
+
+
+def _quantisation(
+    state: dict[str, Tensor], header: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state as this host wants it, and what its T5 must be told about scaled fp8 weights."""
+    if hasattr(comfy.utils, "convert_old_quants"):  # 0.33
+        state, _ = comfy.utils.convert_old_quants(state, model_prefix="", metadata=dict(header))
+    found = host_t5.t5_xxl_detect(state)
+    if "t5_quantization_metadata" in found:
+        found[f"{NAME}_quantization_metadata"] = found.pop("t5_quantization_metadata")
+    return state, found

@@ -1,0 +1,172 @@
+"""AutoencoderKLCogVideoX as the host's VAE, for core's VAE Decode, VAE Decode (Tiled) and VAE Encode too.
+
+Images on the host's side are (B, F, H, W, 3) in 0..1; latents are (B, 16, T, h, w), raw: MODEL scales them.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import comfy.model_management as management
+import comfy.model_patcher
+import comfy.sd
+import torch
+from torch import Tensor, nn
+
+from ...mimir_core import vae as core
+from ...mimir_core import weights
+from .latent import CHANNELS
+from .report import progress
+
+Tiling = Literal["auto", "off", "on"]
+TILINGS: tuple[Tiling, ...] = ("auto", "off", "on")
+FRAMES_AT_ONCE = 9  # the network works on one chunk of time after the other, whatever the length of the video
+SMALLEST_TILE = 64  # pixels
+
+
+def load_vae(path: Path) -> "CogVideoXVAE":
+    """A CogVideoX VAE from a safetensors file or a diffusers folder. ValueError when it is something else."""
+    source = weights.read_vae(path)
+    network = core.build_vae(source.config)
+    network.load_state_dict(source.state)
+    return CogVideoXVAE(network.requires_grad_(False))
+
+
+class FirstStage(nn.Module):
+    """The network behind the methods that the host calls; it remembers how the last call was tiled."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.last_tile: tuple[int, int] | None = None
+
+    def decode(self, latents: Tensor, tile: tuple[int, int] | None = None) -> Tensor:
+        """(B, 16, T, h, w) -> (B, 3, F, H, W) in -1..1."""
+        self.last_tile = tile
+        return core.decode(self.network, latents, tile, progress())
+
+    def encode(self, video: Tensor, tile: tuple[int, int] | None = None) -> Tensor:
+        """(B, 3, F, H, W) in -1..1 -> (B, 16, T, h, w)."""
+        self.last_tile = tile
+        return core.encode(self.network, video, tile=tile, progress=progress())
+
+
+class CogVideoXVAE(comfy.sd.VAE):
+    """The host's VAE around `network`, an AutoencoderKLCogVideoX, which cuts and blends its tiles itself."""
+
+    def __init__(self, network: nn.Module) -> None:
+        with _without_warning("No VAE weights detected"):
+            super().__init__(sd={})  # every attribute that this host's VAE has, at its default
+        self.first_stage_model = FirstStage(network).eval()
+        self.latent_dim, self.latent_channels = 3, CHANNELS
+        self.upscale_ratio = (core.pixel_frames, core.SPACE, core.SPACE)
+        self.downscale_ratio = (core.latent_frames, core.SPACE, core.SPACE)
+        self.upscale_index_formula = self.downscale_index_formula = (core.TIME, core.SPACE, core.SPACE)
+        self.memory_used_decode = lambda shape, dtype: self._bytes(shape[3] * 8, shape[4] * 8, 2800, dtype)
+        self.memory_used_encode = lambda shape, dtype: self._bytes(shape[3], shape[4], 1400, dtype)
+        self.working_dtypes = [torch.bfloat16, torch.float16, torch.float32]
+        self.device, self.output_device = management.vae_device(), management.intermediate_device()
+        self.vae_dtype = management.vae_dtype(self.device, self.working_dtypes)
+        self.first_stage_model.to(self.vae_dtype)
+        self.disable_offload = True  # plain layers: the whole network is on the device, or none of it
+        self.patcher = comfy.model_patcher.ModelPatcher(
+            self.first_stage_model, load_device=self.device, offload_device=management.vae_offload_device()
+        )
+        self.size = None
+        self.model_size()
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """(height, width) of a tile in pixels, diffusers' choice: half the size of the training videos."""
+        network: Any = self.first_stage_model.network
+        return network.tile_sample_min_height, network.tile_sample_min_width
+
+    def fits(self, needed: float) -> bool:
+        """Whether the device, empty, could hold `needed` bytes of activations."""
+        return needed < 0.8 * management.get_total_memory(self.device)
+
+    def decode_tiled_3d(
+        self, samples: Tensor, tile_t: int = 0, tile_x: int = 32, tile_y: int = 32, overlap: Any = None
+    ) -> Tensor:
+        """The host's tiled path with the network's own tiles, which never cut time: time is causal."""
+        tile = (max(tile_y * core.SPACE, SMALLEST_TILE), max(tile_x * core.SPACE, SMALLEST_TILE))
+        network = self.first_stage_model
+        parts = [network.decode(part.to(self.device, self.vae_dtype), tile) for part in samples.split(1)]
+        return self.process_output(torch.cat([part.to(self.output_device, torch.float32) for part in parts]))
+
+    def encode_tiled_3d(
+        self, samples: Tensor, tile_t: int = 0, tile_x: int = 512, tile_y: int = 512, overlap: Any = None
+    ) -> Tensor:
+        """The same for encoding, with tiles in pixels."""
+        tile = (max(tile_y, SMALLEST_TILE), max(tile_x, SMALLEST_TILE))
+        videos = [self.process_input(part).to(self.device, self.vae_dtype) for part in samples.split(1)]
+        parts = [self.first_stage_model.encode(video, tile) for video in videos]
+        return torch.cat([part.to(self.output_device, torch.float32) for part in parts])
+
+    def get_sd(self) -> dict[str, Tensor]:
+        """For core's VAE Save: the published key names."""
+        return self.first_stage_model.network.state_dict()
+
+    def _bytes(self, height: int, width: int, per_pixel: int, dtype: torch.dtype) -> float:
+        """Activations of one chunk. The host found `per_pixel` with 128 channels at full size."""
+        network: Any = self.first_stage_model.network
+        share = network.config.block_out_channels[0] / 128
+        return per_pixel * share * FRAMES_AT_ONCE * height * width * management.dtype_size(dtype)
+
+
+def decode(vae: comfy.sd.VAE, latents: Tensor, tiling: Tiling) -> tuple[Tensor, str]:
+    """Latents (B, C, T, h, w) -> frames (B F, H, W, 3), and a sentence on how."""
+    needed = vae.memory_used_decode(latents.shape, vae.vae_dtype)
+    if not isinstance(vae, CogVideoXVAE):
+        frames = vae.decode_tiled(latents, 32, 32, 8) if tiling == "on" else vae.decode(latents)
+        return frames.flatten(0, -4), "Decoded by another VAE than Mimir's."
+    tile = vae.tile if tiling == "on" or (tiling == "auto" and not vae.fits(needed)) else None
+    frames = vae.decode(latents, vae_options={"tile": tile})  # the host falls back to decode_tiled_3d
+    return frames.flatten(0, -4), _report("Decoded", vae.first_stage_model.last_tile, tile)
+
+
+def encode(vae: comfy.sd.VAE, frames: Tensor, tiling: Tiling) -> tuple[Tensor, str]:
+    """Frames (F, H, W, 3) of one video -> latents (1, C, T, h, w), and a sentence on how."""
+    _check_video(frames)
+    pixels = frames[..., :3]
+    if not isinstance(vae, CogVideoXVAE):
+        return vae.encode(pixels), "Encoded by another VAE than Mimir's."
+    shape = (1, 3, *frames.shape[:3])
+    needed = vae.memory_used_encode(shape, vae.vae_dtype)
+    if tiling == "on" or (tiling == "auto" and not vae.fits(needed)):
+        height, width = vae.tile
+        management.load_models_gpu([vae.patcher])
+        return vae.encode_tiled_3d(
+            pixels.movedim(-1, 0)[None], tile_x=width, tile_y=height
+        ), "Encoded in tiles."
+    latents = vae.encode(pixels)
+    return latents, _report("Encoded", vae.first_stage_model.last_tile, None)
+
+
+def _check_video(frames: Tensor) -> None:
+    count, height, width = frames.shape[:3]
+    core.check_size(width, height)
+    core.check_frames(count)
+
+
+def _report(done: str, used: tuple[int, int] | None, wanted: tuple[int, int] | None) -> str:
+    if used is None:
+        return f"{done} whole."
+    reason = "" if wanted is not None else ", because memory ran out"
+    return f"{done} in tiles of {used[1]} x {used[0]} pixels{reason}."
+
+
+@contextmanager
+def _without_warning(text: str) -> Iterator[None]:
+    """Keeps one expected warning of the host's root logger out of the log."""
+
+    def other(record: logging.LogRecord) -> bool:
+        return text not in record.getMessage()
+
+    logging.getLogger().addFilter(other)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeFilter(other)

@@ -1,0 +1,278 @@
+"""A CogVideoX on disk, through our loader and the host's KSampler, against diffusers' own pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import comfy.sample
+import pytest
+import torch
+from mimir_pack.nodes.host import model as host_model
+from mimir_pack.nodes.host import sampling
+from mimir_pack.nodes.sample import MimirSampler
+from mimir_pack.tests.host.inprocess import references
+
+import nodes as host_nodes
+
+SCALE = {"5b": 0.7, "2b": 1.15258426, "1.5": 0.7}
+CONFIG = {"5b": references.DIT_5B, "2b": references.DIT_2B, "1.5": references.DIT_15}
+SEED, CFG = 7, 6.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("dit")
+
+
+@pytest.fixture(scope="module")
+def load(folder: Path) -> Any:
+    """load(variant) -> (diffusers' transformer, our MODEL), from a folder that diffusers wrote."""
+    made: dict[str, Any] = {}
+
+    def get(variant: str) -> Any:
+        if variant not in made:
+            reference = references.transformer(**CONFIG[variant])
+            reference.save_pretrained(folder / variant)
+            made[variant] = reference, host_model.load_dit(folder / variant)
+        return made[variant]
+
+    return get
+
+
+def prompt_embeds(length: int = references.TEXT_LENGTH, seed: int = 5) -> torch.Tensor:
+    return torch.randn(1, length, references.TEXT_WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def conditioning(tokens: torch.Tensor) -> list[Any]:
+    return [[tokens, {"pooled_output": None}]]
+
+
+def empty(frames: int = 3, batch: int = 1, height: int = 8, width: int = 8) -> dict[str, Any]:
+    return {"samples": torch.zeros(batch, 16, frames, height, width)}
+
+
+def ksampler(
+    model: Any, positive: Any, negative: Any, latent: Any, steps: int, **options: Any
+) -> torch.Tensor:
+    options = {"sampler_name": "euler", "scheduler": "simple", **options}
+    with torch.inference_mode():
+        return host_nodes.common_ksampler(
+            model, SEED, steps, CFG, positive=positive, negative=negative, latent=latent, **options
+        )[0]["samples"]
+
+
+def pipeline(
+    reference: Any, shift: float, noise: torch.Tensor, steps: int, dynamic: bool = False
+) -> torch.Tensor:
+    """CogVideoXPipeline's final latents (B, C, T, H, W) for our noise and conditions."""
+    from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
+
+    scheduler = CogVideoXDDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        rescale_betas_zero_snr=True,
+        snr_shift_scale=shift,
+        timestep_spacing="trailing",
+        set_alpha_to_one=True,
+    )
+    pipe = CogVideoXPipeline(None, None, references.vae(), reference, scheduler)  # type: ignore[arg-type]
+    pipe.set_progress_bar_config(disable=True)
+    _, _, frames, height, width = noise.shape
+    out = pipe(
+        prompt_embeds=prompt_embeds(),
+        negative_prompt_embeds=prompt_embeds(seed=6),
+        latents=noise.transpose(1, 2).clone(),
+        height=height * 8,
+        width=width * 8,
+        num_frames=(frames - 1) * 4 + 1,
+        num_inference_steps=steps,
+        guidance_scale=CFG,
+        use_dynamic_cfg=dynamic,
+        output_type="latent",
+    )
+    return out.frames.transpose(1, 2)
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize(("variant", "shift"), [("5b", 1.0), ("2b", 3.0)])
+@pytest.mark.parametrize("steps", [10, 50])
+def test_euler_simple_is_the_pipeline(load, variant, shift, steps):
+    reference, model = load(variant)
+    latent = empty()
+    found = ksampler(model, conditioning(prompt_embeds()), conditioning(prompt_embeds(seed=6)), latent, steps)
+    expected = pipeline(reference, shift, comfy.sample.prepare_noise(latent["samples"], SEED), steps)
+    assert relative(found, expected / SCALE[variant]) < 1e-3
+
+
+@pytest.mark.parametrize("frames", [3, 4])
+def test_one_and_a_half_pads_odd_frames_in_front(load, frames):
+    reference, model = load("1.5")
+    latent = empty(frames)
+    found = ksampler(model, conditioning(prompt_embeds()), conditioning(prompt_embeds(seed=6)), latent, 10)
+    noise = comfy.sample.prepare_noise(latent["samples"], SEED)
+    if frames % 2:
+        noise = host_model._front_noise(noise, 1, SEED)
+    expected = pipeline(reference, 1.0, noise, 10)[:, :, frames % 2 :]
+    assert found.shape == latent["samples"].shape
+    assert relative(found, expected / SCALE["1.5"]) < 1e-3
+
+
+def test_other_sizes_and_batches(load):
+    reference, model = load("5b")
+    latent = empty(3, 1, 12, 16)
+    found = ksampler(model, conditioning(prompt_embeds()), conditioning(prompt_embeds(seed=6)), latent, 10)
+    expected = pipeline(reference, 1.0, comfy.sample.prepare_noise(latent["samples"], SEED), 10)
+    assert relative(found, expected / SCALE["5b"]) < 1e-3
+    assert (
+        ksampler(
+            model, conditioning(prompt_embeds()), conditioning(prompt_embeds()), empty(batch=2), 2
+        ).shape[0]
+        == 2
+    )
+
+
+def test_condition_of_another_length_gives_what_the_pair_alone_gives(load):
+    """Four appended tokens on one side only: two batches, and no token repeated."""
+    _, model = load("5b")
+    longer = torch.cat((prompt_embeds(), prompt_embeds(4, seed=9)), dim=1)
+    found = ksampler(model, conditioning(longer), conditioning(prompt_embeds(seed=6)), empty(), 3)
+    twice = ksampler(
+        model, conditioning(longer), conditioning(torch.cat((prompt_embeds(seed=6),) * 2, dim=1)), empty(), 3
+    )
+    assert torch.isfinite(found).all()
+    assert relative(found, twice) > 1e-3
+
+
+def test_sampler_node_is_ksampler_bit_for_bit(load, run_node):
+    _, model = load("5b")
+    positive, negative, latent = conditioning(prompt_embeds()), conditioning(prompt_embeds(seed=6)), empty()
+    options = {"sampler_name": "dpmpp_2m_sde", "scheduler": "sgm_uniform", "denoise": 0.8}
+    expected = ksampler(model, positive, negative, latent, 5, **options)
+    (found,) = run_node(
+        MimirSampler,
+        model=model,
+        positive=positive,
+        negative=negative,
+        latent=latent,
+        seed=SEED,
+        steps=5,
+        cfg=CFG,
+        dynamic_cfg="off",
+        **options,
+    )
+    assert torch.equal(found["samples"], expected)
+
+
+def test_diffusers_dynamic_cfg_is_the_pipelines(load):
+    reference, model = load("5b")
+    latent, before = empty(), dict(model.model_options)
+    dynamic = sampling.with_dynamic_cfg(model, "diffusers curve")
+    found = ksampler(dynamic, conditioning(prompt_embeds()), conditioning(prompt_embeds(seed=6)), latent, 10)
+    expected = pipeline(reference, 1.0, comfy.sample.prepare_noise(latent["samples"], SEED), 10, dynamic=True)
+    assert relative(found, expected / SCALE["5b"]) < 1e-3
+    assert dict(model.model_options) == before  # the MODEL that came in is untouched
+
+
+def test_cosine_ramp_keeps_another_nodes_cfg_function(load):
+    _, model = load("5b")
+    seen: list[float] = []
+
+    def watch(args: dict[str, Any]) -> torch.Tensor:
+        seen.append(args["cond_scale"])
+        return args["uncond"] + (args["cond"] - args["uncond"]) * args["cond_scale"]
+
+    watched = model.clone()
+    watched.set_model_sampler_cfg_function(watch)
+    ramp = sampling.with_dynamic_cfg(watched, "cosine ramp (SAT)")
+    ksampler(ramp, conditioning(prompt_embeds()), conditioning(prompt_embeds()), empty(), 10)
+    assert seen == sorted(seen) and seen[0] == pytest.approx(1.0) and seen[-1] > 4
+
+
+def test_nan_is_an_error_with_a_remedy(load, run_node):
+    _, model = load("5b")
+    broken = conditioning(torch.full((1, 16, references.TEXT_WIDTH), float("nan")))
+    with pytest.raises(ValueError, match="NaN or infinite.*bfloat16 or float32"):
+        run_node(
+            MimirSampler,
+            model=model,
+            positive=broken,
+            negative=broken,
+            latent=empty(),
+            seed=0,
+            steps=1,
+            cfg=1.0,
+            dynamic_cfg="off",
+            sampler_name="euler",
+            scheduler="simple",
+            denoise=1.0,
+        )
+
+
+def test_tokens_of_another_width_are_refused_in_a_sentence(load):
+    _, model = load("5b")
+    with pytest.raises(ValueError, match="4096 wide, but this Mimir DiT reads text tokens that are 24 wide"):
+        ksampler(model, conditioning(torch.zeros(1, 226, 4096)), conditioning(prompt_embeds()), empty(), 1)
+
+
+def test_partial_load_gives_the_same_numbers(load, folder):
+    _, whole = load("5b")
+    expected = ksampler(whole, conditioning(prompt_embeds()), conditioning(prompt_embeds(seed=6)), empty(), 3)
+    partial = host_model.load_dit(folder / "5b")
+    partial.partially_load(partial.load_device, extra_memory=partial.model_size() // 3)
+    assert (
+        partial.model.model_lowvram
+        and 0 < partial.model.model_loaded_weight_memory < partial.model_size() // 2
+    )
+    found = _predict(partial)
+    assert torch.allclose(found, _predict(whole), atol=1e-5)
+    assert torch.isfinite(expected).all()
+
+
+def _predict(patcher: Any) -> torch.Tensor:
+    x = torch.randn(1, 16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        return patcher.model.diffusion_model(
+            x, torch.tensor([500.0]), context=prompt_embeds(), transformer_options={}
+        )
+
+
+def test_blocks_can_be_replaced_and_followed(load):
+    _, model = load("5b")
+    plain = ksampler(model, conditioning(prompt_embeds()), conditioning(prompt_embeds()), empty(), 2)
+    seen: list[tuple[int, int]] = []
+
+    def keep(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+        options = args["transformer_options"]
+        seen.append((options["block_index"], options["total_blocks"]))
+        return extra["original_block"](args)
+
+    patched = model.clone()
+    patched.set_model_patch_replace(keep, "dit", "double_block", 1)
+    same = ksampler(patched, conditioning(prompt_embeds()), conditioning(prompt_embeds()), empty(), 2)
+    assert torch.equal(plain, same) and set(seen) == {(1, 2)}
+
+
+def test_interrupt_stops_between_steps(load, run_node):
+    import comfy.model_management as management
+
+    _, model = load("5b")
+    calls: list[int] = []
+
+    def interrupt(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            management.interrupt_current_processing(True)
+        return executor(*args, **kwargs)
+
+    watched = model.clone()
+    watched.add_wrapper_with_key("diffusion_model", "test", interrupt)
+    with pytest.raises(management.InterruptProcessingException):
+        ksampler(watched, conditioning(prompt_embeds()), conditioning(prompt_embeds()), empty(), 20)
+    assert len(calls) == 2
