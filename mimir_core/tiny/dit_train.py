@@ -24,7 +24,7 @@ from .loop import LoopConfig, train
 
 BATCH = 32
 BASELINE = LoopConfig(
-    steps=4000,
+    steps=3500,
     muon_rate=0.01,
     adam_rate=2e-3,
     warmup=100,
@@ -35,7 +35,7 @@ BASELINE = LoopConfig(
     log_every=100,
 )
 MIMIR = LoopConfig(
-    steps=9000,
+    steps=8000,
     muon_rate=0.01,
     adam_rate=2e-3,
     warmup=100,
