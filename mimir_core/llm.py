@@ -1,7 +1,7 @@
-"""From a prompt to the language model's tokens: query, answer and instruction hidden states (mimir.md, section 1).
+"""From a prompt to the language model's tokens: query, answer and instruction hidden states.
 
-The answer and the instructions all continue the same prompt, so the longest beginning that their token sequences
-share is read once and every sequence continues from that cache.
+The answer and the instructions all continue the same prompt, so the longest beginning that their token
+sequences share is read once and every sequence continues from that cache.
 
 Letters: Lq prompt tokens, La answer tokens, K instructions, D width, V vocabulary.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .config import DEFAULT_INSTRUCTIONS
 from .phi import KeyValueCache, Phi3ForCausalLM
-from .text import ChatTurn, PhiTokenizer
+from .text import PhiTokenizer
 from .tokens import LlmTokens
 
 log = logging.getLogger(__name__)
@@ -51,16 +51,18 @@ def encode_prompt(
 ) -> LlmTokens:
     """Hidden states of `prompt`, of the model's answer to it, and of each instruction. Batch 1.
 
-    layer: which hidden state, as transformers counts them (-1 after the final norm, -2 before the last layer).
-    max_answer_tokens: 0 for no answer; the answer ends sooner at the model's stop tokens, which are not part of it.
+    layer: as transformers counts hidden states: -1 after the final norm, -2 before the last layer.
+    max_answer_tokens: 0 for no answer. A stop token ends the answer sooner and is not part of it.
     on_token(done, total): after each answer token. seed: of the answer, the same on every device.
     device, dtype: where and in what to compute; the parameters' own when None. options: for the attention.
-    A prompt beyond the model's positions is shortened, with a warning; the result's `prompt` is what was read.
-    ValueError for settings out of range.
+    A prompt beyond the model's positions is shortened with a warning; `prompt` of the result is what was
+    read. ValueError for settings out of range.
     """
     sampling = Sampling(temperature, top_p, seed)
     _check(max_answer_tokens, sampling)
-    reader = _Reader(model, layer, device if device is not None else model.lm_head.weight.device, dtype, options)
+    reader = _Reader(
+        model, layer, device if device is not None else model.lm_head.weight.device, dtype, options
+    )
     prompt = _shortened(model, tokenizer, prompt, instructions, max_answer_tokens, system)
     turns = [tokenizer.turn(prompt, instruction, system) for instruction in (None, *instructions)]
     shared, prefix = common_prefix([turn.ids for turn in turns]), model.new_cache()
@@ -91,7 +93,7 @@ def encode_known(
     instructions: Sequence[str] = DEFAULT_INSTRUCTIONS,
     layer: int = -1,
 ) -> list[LlmTokens]:
-    """Like `encode_prompt` for many prompts whose answers are known, in one batch per turn: for training features.
+    """`encode_prompt` for many prompts whose answers are known, in one batch per turn: training features.
 
     Equals `encode_prompt` wherever the model would give the known answer.
     """
@@ -99,7 +101,10 @@ def encode_known(
     replies = [tokenizer.answer_ids(answer) for answer in answers]
     states = _batch(model, [[*t.ids, *reply] for t, reply in zip(turns, replies, strict=True)], layer)
     ends = [
-        [state[:, -1:] for state in _batch(model, [tokenizer.turn(p, instruction).ids for p in prompts], layer)]
+        [
+            state[:, -1:]
+            for state in _batch(model, [tokenizer.turn(p, instruction).ids for p in prompts], layer)
+        ]
         for instruction in instructions
     ]
     return [
@@ -118,7 +123,7 @@ def encode_known(
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """How many tokens all sequences begin with; at most all but one of the shortest's, so that each has a rest to read."""
+    """How many tokens all sequences begin with; always leaves each sequence a token to read."""
     shortest = min(len(sequence) for sequence in sequences)
     for index in range(shortest - 1):
         if len({sequence[index] for sequence in sequences}) > 1:
@@ -160,7 +165,10 @@ class _Reader:
     def whole(
         self, ids: Sequence[int], shared: int, start: tuple[Tensor, Tensor] | None, cache: KeyValueCache
     ) -> tuple[Tensor, Tensor]:
-        """Chosen states of a whole sequence (1, L, D), whose first `shared` tokens `cache` holds, and the last final one (1, 1, D)."""
+        """Chosen states (1, L, D) and the last final one (1, 1, D) of a sequence whose beginning is read.
+
+        `cache` holds its first `shared` tokens, `start` their states.
+        """
         if start is None or not self.model.same_regime(shared, len(ids)):
             cache.clear()
             chosen, final = self.read(ids, cache)
@@ -178,7 +186,7 @@ def _answer(
     sampling: Sampling,
     on_token: Callable[[int, int], None] | None,
 ) -> tuple[list[int], list[Tensor]]:
-    """Generates up to `limit` tokens after the turn in `cache`; returns them and their chosen states (1, 1, D)."""
+    """Generates up to `limit` tokens after the turn in `cache`: the tokens, their states (1, 1, D) each."""
     generator = torch.Generator().manual_seed(sampling.seed)
     ids: list[int] = []
     states: list[Tensor] = []
@@ -208,7 +216,9 @@ def _shortened(
     kept = tokenizer.shorten(prompt, max(room, 0))
     if len(kept) < len(tokenizer.defuse(prompt)):
         log.warning(
-            "The language model reads %d tokens at most: the prompt was cut after '...%s'.", room, kept[-40:].strip()
+            "The language model reads %d tokens at most: the prompt was cut after '...%s'.",
+            room,
+            kept[-40:].strip(),
         )
     return kept
 
@@ -216,7 +226,9 @@ def _shortened(
 def _batch(model: Phi3ForCausalLM, rows: Sequence[Sequence[int]], layer: int) -> list[Tensor]:
     """Hidden states (1, L, D) of each row; padding comes last and cannot be seen by what is before it."""
     length = max(len(row) for row in rows)
-    ids = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=model.lm_head.weight.device)
+    ids = torch.tensor(
+        [[*row, *[0] * (length - len(row))] for row in rows], device=model.lm_head.weight.device
+    )
     (states,) = model(ids, layers=(layer,))
     return [states[i : i + 1, : len(row)] for i, row in enumerate(rows)]
 

@@ -1,15 +1,17 @@
 """Phi-3: a decoder-only language model whose every hidden state can be read.
 
-Source: the architecture of `transformers.Phi3ForCausalLM` (Apache-2.0), written anew; parameter names are equal, so
-published checkpoints load without renaming. Differences:
-- `ops` and `attention` are injected, so that a host can cast, offload and choose the attention of every layer;
+Source: the architecture of `transformers.Phi3ForCausalLM` (Apache-2.0), written anew; parameter names are
+equal, so published checkpoints load without renaming. Differences:
+- `ops` and `attention` are injected, so that a host can cast, offload and choose the attention of every
+  layer;
 - one `forward` returns the hidden states of the layers that are asked for, counted as transformers counts
   `hidden_states`: 0 is the embedding, -1 follows the final norm, -2 enters the last layer un-normed;
 - no dropout, no sliding window.
 
-LongRoPE has two sets of factors: the short ones up to `original_max_position_embeddings` positions, the long ones for
-every position of a longer sequence. A cache that was filled with one set cannot be continued with the other, so
-a cache that crosses the border is computed again from its tokens (once); cached therefore always equals uncached.
+LongRoPE has two sets of factors: the short ones up to `original_max_position_embeddings` positions, the
+long ones for every position of a longer sequence. A cache that was filled with one set cannot be
+continued with the other, so a cache that crosses the border is computed again from its tokens (once);
+cached therefore always equals uncached.
 
 Letters: B batch, L new tokens, P tokens in the cache, D width, H heads, d head width, V vocabulary.
 """
@@ -35,7 +37,7 @@ class Rope(NamedTuple):
 
 
 class KeyValueCache:
-    """What the model remembers of the tokens it has read: ids (B, P), and per layer keys and values (B, H, P, d).
+    """What the model keeps of the tokens it has read: ids (B, P); keys, values (B, H, P, d) of each layer.
 
     Appending never writes into a tensor that is there, so a `fork` shares what both have read.
     """
@@ -83,7 +85,9 @@ class Phi3ForCausalLM(nn.Module):
         _check(config)
         self.config = config
         self.model = Phi3Model(config, ops, attention, device, dtype)
-        self.lm_head = ops.Linear(config.hidden_size, config.vocab_size, bias=False, device=device, dtype=dtype)
+        self.lm_head = ops.Linear(
+            config.hidden_size, config.vocab_size, bias=False, device=device, dtype=dtype
+        )
         if config.tie_word_embeddings:
             self.register_load_state_dict_pre_hook(_share_embedding)
 
@@ -95,14 +99,16 @@ class Phi3ForCausalLM(nn.Module):
         dtype: torch.dtype | None = None,
         options: Any = None,
     ) -> tuple[Tensor, ...]:
-        """Reads tokens `ids` (B, L) after those in `cache` and returns hidden states (B, L, D), one per entry of `layers`.
+        """Reads tokens `ids` (B, L) after those in `cache`; returns hidden states (B, L, D) of `layers`.
 
-        `cache` is extended in place. `dtype` is the dtype to compute in, the parameters' own when None; `options` goes
-        to the attention untouched. ValueError for a layer that does not exist, or for no tokens.
+        `cache` is extended in place. `dtype` is what to compute in, the parameters' own when None; `options`
+        goes to the attention untouched. ValueError for a layer that does not exist, or for no tokens.
         """
         wanted = [self._layer_index(layer) for layer in layers]
         if ids.ndim != 2 or ids.shape[1] == 0:
-            raise ValueError(f"token ids have shape {tuple(ids.shape)}, expected (batch, length) with a length of 1 or more")
+            raise ValueError(
+                f"token ids have shape {tuple(ids.shape)}, expected (batch, length), a length of 1 or more"
+            )
         new = ids.shape[1]
         if cache is not None and self._crosses(cache.length, new):
             ids = torch.cat((_ids(cache), ids), dim=1)
@@ -119,15 +125,15 @@ class Phi3ForCausalLM(nn.Module):
         return KeyValueCache(self.config.num_hidden_layers)
 
     def same_regime(self, length: int, longer: int) -> bool:
-        """True when sequences of both lengths use the same rotary factors, so that one may continue the other."""
+        """True when sequences of both lengths use the same rotary factors: one may continue the other."""
         return self.model.is_long(length) == self.model.is_long(longer)
 
     def tie_weights(self) -> None:
-        """Makes the output layer use the embedding's parameter itself; for training a model with tied embeddings."""
+        """Makes the output layer use the embedding's own parameter, to train tied embeddings."""
         self.lm_head.weight = self.model.embed_tokens.weight
 
     def init_weights(self, generator: torch.Generator | None = None, std: float = 0.02) -> None:
-        """Matrices normal with `std`, those that write into the residual smaller by sqrt(2 layers); norms one."""
+        """Norms one, matrices normal with `std`; smaller by sqrt(2 layers) where they write the residual."""
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
                 nn.init.ones_(parameter)
@@ -139,7 +145,9 @@ class Phi3ForCausalLM(nn.Module):
     def _layer_index(self, layer: int) -> int:
         count = self.config.num_hidden_layers + 1
         if not -count <= layer < count:
-            raise ValueError(f"layer is {layer}, but this language model has hidden states {-count} to {count - 1}")
+            raise ValueError(
+                f"layer is {layer}, but this language model has hidden states {-count} to {count - 1}"
+            )
         return layer % count
 
     def _crosses(self, read: int, new: int) -> bool:
@@ -150,19 +158,29 @@ class Phi3Model(nn.Module):
     """Embedding, decoder layers and final norm."""
 
     def __init__(
-        self, config: PhiConfig, ops: Any, attention: Attention, device: torch.device | str | None, dtype: torch.dtype | None
+        self,
+        config: PhiConfig,
+        ops: Any,
+        attention: Attention,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
         kwargs = {"device": device, "dtype": dtype}
         self.config = config
         self.embed_tokens = ops.Embedding(config.vocab_size, config.hidden_size, **kwargs)
         self.layers = nn.ModuleList(
-            [Phi3DecoderLayer(config, index, ops, attention, kwargs) for index in range(config.num_hidden_layers)]
+            [
+                Phi3DecoderLayer(config, index, ops, attention, kwargs)
+                for index in range(config.num_hidden_layers)
+            ]
         )
         self.norm = ops.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **kwargs)
 
-    def forward(self, ids: Tensor, cache: KeyValueCache | None, dtype: torch.dtype | None, options: Any) -> list[Tensor]:
-        """All hidden states of tokens `ids` (B, L): the embedding, each layer's output, the last one after the norm."""
+    def forward(
+        self, ids: Tensor, cache: KeyValueCache | None, dtype: torch.dtype | None, options: Any
+    ) -> list[Tensor]:
+        """All hidden states (B, L, D): the embedding, then each layer's output, the last one normed."""
         read = 0 if cache is None else cache.length
         x = self.embed_tokens(ids)  # (B, L, D)
         x = x if dtype is None else x.to(dtype)
@@ -182,7 +200,7 @@ class Phi3Model(nn.Module):
         return bool(self.config.long_factor) and length > self.config.original_max_position_embeddings
 
     def _rope(self, start: int, end: int, like: Tensor) -> Rope:
-        """Tables of positions start to end, computed in float32 and returned in the dtype and on the device of `like`."""
+        """Tables of positions start to end, computed in float32, with dtype and device of `like`."""
         frequencies, scale = rope_frequencies(self.config, self.is_long(end))
         angles = torch.arange(start, end, dtype=torch.float32)[:, None] * frequencies  # (L, d / 2)
         angles = torch.cat((angles, angles), dim=-1)  # (L, d)
@@ -192,14 +210,18 @@ class Phi3Model(nn.Module):
 class Phi3DecoderLayer(nn.Module):
     """Attention and feed-forward network, each normed before and added after."""
 
-    def __init__(self, config: PhiConfig, index: int, ops: Any, attention: Attention, kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, config: PhiConfig, index: int, ops: Any, attention: Attention, kwargs: dict[str, Any]
+    ) -> None:
         super().__init__()
         self.self_attn = Phi3Attention(config, index, ops, attention, kwargs)
         self.mlp = Phi3MLP(config, ops, kwargs)
         self.input_layernorm = ops.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **kwargs)
         self.post_attention_layernorm = ops.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **kwargs)
 
-    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KeyValueCache | None, options: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KeyValueCache | None, options: Any
+    ) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, options)  # (B, L, D)
         return x + self.mlp(self.post_attention_layernorm(x))  # (B, L, D)
@@ -208,7 +230,9 @@ class Phi3DecoderLayer(nn.Module):
 class Phi3Attention(nn.Module):
     """Causal attention with rotary positions; query, key and value come from one projection."""
 
-    def __init__(self, config: PhiConfig, index: int, ops: Any, attention: Attention, kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, config: PhiConfig, index: int, ops: Any, attention: Attention, kwargs: dict[str, Any]
+    ) -> None:
         super().__init__()
         self.index = index
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -218,7 +242,9 @@ class Phi3Attention(nn.Module):
         self.qkv_proj = ops.Linear(config.hidden_size, width, bias=False, **kwargs)
         self.o_proj = ops.Linear(self.heads * self.head_dim, config.hidden_size, bias=False, **kwargs)
 
-    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KeyValueCache | None, options: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KeyValueCache | None, options: Any
+    ) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H + 2 Hkv, L, d)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)  # (B, H or Hkv, L, d)
@@ -226,7 +252,8 @@ class Phi3Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.index, k, v)  # (B, Hkv, P + L, d)
         if self.kv_heads != self.heads:
-            k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))  # (B, H, P + L, d)
+            share = self.heads // self.kv_heads
+            k, v = (t.repeat_interleave(share, dim=1) for t in (k, v))  # (B, H, P + L, d)
         out = self.attention(q, k, v, mask=mask, options=options)  # (B, H, L, d)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, L, D)
 
@@ -266,10 +293,10 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 
 
 def causal_mask(new: int, read: int, like: Tensor) -> Tensor | None:
-    """Additive mask (1, 1, L, P + L): new token i sees all P read tokens and new tokens 0 to i. None for one token.
+    """Additive mask (1, 1, L, P + L): new token i sees what was read and new tokens 0 to i. None for L = 1.
 
-    Half the lowest finite number, not minus infinity: a host's attention that works in chunks of keys would get NaN
-    from a chunk that is hidden entirely.
+    Half the lowest finite number, not minus infinity: a host's attention that works in chunks of keys
+    would get NaN from a chunk that is hidden entirely.
     """
     if new == 1:
         return None

@@ -1,7 +1,7 @@
 """Text in: T5 for use outside ComfyUI, tokenizers from a model's own files, and chats with the prompt marked.
 
-A user's prompt is data. It can never become a template token: wherever it spells one (`<|end|>`), a space is put
-behind the token's first character before the text is tokenised, and what comes out is checked once more.
+A user's prompt is data and never becomes a template token: wherever it spells one (`<|end|>`), a space is put
+behind the first character before the text is tokenised, and what comes out is checked once more.
 
 Letters: B texts, n text length of the DiT, D width of T5.
 """
@@ -21,20 +21,23 @@ log = logging.getLogger(__name__)
 
 PHI_STOPS = ("<|end|>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>")
 PHI_TEMPLATE = (
-    "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}{% endfor %}"
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 INSTRUCTION_JOIN = "\n"  # between a prompt and the instruction that follows it, in the same user turn
 _MARK = "\ue000mimir\ue001"  # stands for the user's words while the template is rendered
 
 
-# --- tokenizers -------------------------------------------------------------------------------------------------------
+# --- tokenizers ---------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a model's own files: a Hugging Face folder, or a tokenizer.json (the file or its folder).
+    """The tokenizer of a model's own files: its Hugging Face folder, or a plain tokenizer.json.
 
-    Nothing is downloaded and no code of the model is run. ValueError when the files are not there or not readable.
+    Nothing is downloaded and no code of the model is run. ValueError when the files are not there or not
+    readable.
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -49,11 +52,12 @@ def load_tokenizer(folder: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001  tokenizers raises bare Exception on files it cannot read
         raise ValueError(
-            f"{path} does not hold a tokenizer that can be read ({error}); put the model's own tokenizer files there"
+            f"{path} does not hold a tokenizer that can be read ({error}); "
+            "put the model's own tokenizer files there"
         ) from error
 
 
-# --- T5 ---------------------------------------------------------------------------------------------------------------
+# --- T5 -----------------------------------------------------------------------------------------------------
 
 
 class Cut(NamedTuple):
@@ -71,7 +75,7 @@ class T5Text(NamedTuple):
 
 
 class T5Encoder:
-    """T5's encoder as CogVideoX uses it: every text padded to n tokens, and no mask, so that padding is attended."""
+    """T5's encoder as CogVideoX uses it: each text padded to n tokens, no mask, so padding is attended."""
 
     def __init__(self, model: Any, tokenizer: Any, length: int) -> None:
         self.model, self.tokenizer, self.length = model, tokenizer, length
@@ -85,7 +89,7 @@ class T5Encoder:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> T5Encoder:
-        """From a folder in transformers' format (config.json, safetensors). `tokenizer_folder` is another in diffusers' layout."""
+        """From a folder in transformers' format; in diffusers' layout the tokenizer has its own folder."""
         from transformers import T5EncoderModel
 
         try:
@@ -96,7 +100,8 @@ class T5Encoder:
             raise ValueError(
                 f"{folder} does not hold a T5 encoder (expected config.json and safetensors): {error}"
             ) from error
-        return cls(model.eval().to(torch.device(device)), load_tokenizer(tokenizer_folder or folder), length)
+        model.eval().to(torch.device(device))  # type: ignore[arg-type]
+        return cls(model, load_tokenizer(tokenizer_folder or folder), length)
 
     @torch.no_grad()
     def encode(self, texts: str | list[str]) -> T5Text:
@@ -121,7 +126,7 @@ def _cut(tokenizer: Any, row: list[int], length: int) -> Cut | None:
     return Cut(len(dropped), tokenizer.decode(dropped, skip_special_tokens=True).strip())
 
 
-# --- chat -------------------------------------------------------------------------------------------------------------
+# --- chat ---------------------------------------------------------------------------------------------------
 
 
 class ChatTurn(NamedTuple):
@@ -136,15 +141,19 @@ class PhiTokenizer:
     """A chat model's tokenizer: renders turns, knows which tokens are the user's and which end an answer."""
 
     def __init__(self, tokenizer: Any, stop_ids: frozenset[int], template: str | None = None) -> None:
-        """`template` replaces the tokenizer's own chat template. ValueError when there is none, or no offsets."""
+        """`template` replaces the tokenizer's own. ValueError when there is none, or no offsets."""
         if not tokenizer.is_fast:
-            raise ValueError("this tokenizer cannot tell where in the prompt a token stands; it needs a tokenizer.json")
+            raise ValueError(
+                "this tokenizer cannot tell where in the prompt a token stands; it needs a tokenizer.json"
+            )
         self.tokenizer, self.stop_ids = tokenizer, stop_ids
         self.template = template or tokenizer.chat_template or _phi_template(tokenizer)
         added = tokenizer.added_tokens_decoder
         reserved = {id_: t.content for id_, t in added.items() if t.special or t.content.startswith("<")}
         self._reserved = frozenset(reserved) - {tokenizer.unk_token_id}
-        self._spelling = re.compile("|".join(re.escape(t) for t in sorted(reserved.values(), key=len, reverse=True)) or "(?!)")
+        self._spelling = re.compile(
+            "|".join(re.escape(t) for t in sorted(reserved.values(), key=len, reverse=True)) or "(?!)"
+        )
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> PhiTokenizer:
@@ -177,7 +186,7 @@ class PhiTokenizer:
         return self._ids(before + "x" + after + self.defuse(answer))[len(header) :]
 
     def defuse(self, text: str) -> str:
-        """`text` without outer whitespace and without anything that spells a template token: `<|end|>` -> `< |end|>`."""
+        """`text` stripped, and with nothing in it that spells a template token: '<|end|>' -> '< |end|>'."""
         text = text.strip()
         while self._spelling.search(text):
             text = self._spelling.sub(lambda match: match[0][0] + " " + match[0][1:], text)
@@ -210,14 +219,20 @@ class PhiTokenizer:
         )
         parts = rendered.split(_MARK)
         if len(parts) != 2:
-            raise ValueError(f"the chat template shows the user's words {len(parts) - 1} times, expected once")
+            raise ValueError(
+                f"the chat template shows the user's words {len(parts) - 1} times, expected once"
+            )
         return parts[0], parts[1]
 
-    def _check_words(self, text: str, ids: list[int], spans: list[tuple[int, int]], start: int, end: int) -> None:
+    def _check_words(
+        self, text: str, ids: list[int], spans: list[tuple[int, int]], start: int, end: int
+    ) -> None:
         for position in positions_within(spans, start, end):
             if ids[position] in self._reserved and spans[position][0] >= start:
                 found = text[slice(*spans[position])]
-                raise ValueError(f"the prompt contains {found!r}, which this model reads as a control token; rephrase it")
+                raise ValueError(
+                    f"the prompt contains {found!r}, which this model reads as a control token; rephrase it"
+                )
 
 
 def positions_within(spans: list[tuple[int, int]], start: int, end: int) -> list[int]:

@@ -68,8 +68,9 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-# The turn has 18 tokens, with an instruction up to 35: the rotary factors change nowhere, in the answer, between the
-# prompt and the instructions, within the shared beginning of all of them, and before everything.
+# The turn has 18 tokens, with an instruction up to 35: the rotary factors change nowhere, in the answer,
+# between the prompt and the instructions, within the shared beginning of all of them, and before
+# everything.
 @pytest.mark.parametrize("border", [2048, 20, 18, 17, 12, 3])
 @pytest.mark.parametrize("layer", [-1, -2, 0])
 def test_equals_separate_sequences_of_transformers(chat, border, layer):
@@ -86,7 +87,9 @@ def test_equals_separate_sequences_of_transformers(chat, border, layer):
 
 def test_borders_of_the_test_above_are_where_it_says(chat):
     lengths = [len(chat.turn(PROMPT, instruction).ids) for instruction in (None, *DEFAULT_INSTRUCTIONS)]
-    shared = common_prefix([chat.turn(PROMPT, instruction).ids for instruction in (None, *DEFAULT_INSTRUCTIONS)])
+    shared = common_prefix(
+        [chat.turn(PROMPT, instruction).ids for instruction in (None, *DEFAULT_INSTRUCTIONS)]
+    )
     assert shared <= 12 < 17 < lengths[0] or shared < lengths[0] <= 17, (shared, lengths)
 
 
@@ -118,7 +121,9 @@ def test_answer_ends_at_a_stop_token_which_is_not_part_of_it(chat):
     *_, ids = separately(theirs, chat, PROMPT, 6, -1)
     assert ids[2] not in ids[:2]
     whole = encode_prompt(ours, chat, PROMPT, max_answer_tokens=6)
-    stopped = encode_prompt(ours, PhiTokenizer(chat.tokenizer, frozenset({ids[2]})), PROMPT, max_answer_tokens=6)
+    stopped = encode_prompt(
+        ours, PhiTokenizer(chat.tokenizer, frozenset({ids[2]})), PROMPT, max_answer_tokens=6
+    )
     assert (whole.answer.shape[1], stopped.answer.shape[1]) == (6, 2)
     assert torch.equal(stopped.answer, whole.answer[:, :2])
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import transformers
+
 from mimir_core.attention import sdpa
 from mimir_core.config import PhiConfig
 from mimir_core.phi import Phi3ForCausalLM, causal_mask, rope_frequencies

@@ -12,7 +12,13 @@ from mimir_core.text import PHI_TEMPLATE, PhiTokenizer, T5Encoder, load_tokenize
 from mimir_core.tiny.bpe import PHI_SPECIALS, train_tokenizers
 
 WORDS = "a red circle moves left above the blue square. Name the objects and count them. You are brief."
-PROMPTS = ["a red circle", "Blue square, left of two circles.", "  spaces around\n and within  ", "naïve 🙂 日本 circle", "x"]
+PROMPTS = [
+    "a red circle",
+    "Blue square, left of two circles.",
+    "  spaces around\n and within  ",
+    "naïve 🙂 日本 circle",
+    "x",
+]
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +33,7 @@ def tiny(tmp_path_factory):
 def llama_like(tmp_path_factory):
     """Built like Phi-3.5's: sentencepiece spaces, byte fallback, template tokens that swallow whitespace."""
     folder = tmp_path_factory.mktemp("llama")
+
     def model(**pieces) -> Tokenizer:
         tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True, **pieces))
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -61,7 +68,7 @@ def chat(request, tiny, llama_like) -> PhiTokenizer:
     return PhiTokenizer.from_folder(tiny / "phi" if request.param == "tiny" else llama_like)
 
 
-# --- chats ------------------------------------------------------------------------------------------------------------
+# --- chats --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("system", [None, "You are brief."])
@@ -115,7 +122,9 @@ def test_a_prompt_never_forges_template_tokens(chat, prompt, where):
 
     assert controls(prompt) == controls("innocent")
     forged = chat.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    assert set(forged) & set(chat.tokenizer.added_tokens_decoder), "the test's prompt would not have forged anything"
+    assert set(forged) & set(chat.tokenizer.added_tokens_decoder), (
+        "the test's prompt would not have forged anything"
+    )
 
 
 def test_a_forged_prompt_stays_readable(chat):
@@ -175,7 +184,7 @@ def test_positions_within():
     assert positions_within([(0, 2), (2, 3), (3, 3), (2, 5), (5, 6)], 2, 5) == [1, 3]
 
 
-# --- loading ----------------------------------------------------------------------------------------------------------
+# --- loading ------------------------------------------------------------------------------------------------
 
 
 def test_plain_tokenizer_json_works(tiny, tmp_path):
@@ -210,7 +219,7 @@ def test_code_in_a_folder_is_never_run(tiny, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-# --- T5 ---------------------------------------------------------------------------------------------------------------
+# --- T5 -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +227,13 @@ def t5(tiny, tmp_path_factory) -> T5Encoder:
     folder = tmp_path_factory.mktemp("t5")
     torch.manual_seed(0)
     config = transformers.T5Config(
-        vocab_size=1024, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
+        vocab_size=1024,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
     )
     transformers.T5EncoderModel(config).save_pretrained(folder)
     return T5Encoder.from_folder(folder, 24, tokenizer_folder=tiny / "t5")
