@@ -36,8 +36,8 @@ class MimirLatent(comfy.latent_formats.LatentFormat):
 
 
 # The live preview of a model whose file holds no fitted table: three orthonormal cosines over the channels,
-# scaled so that normal latents fill the range. Shapes and motion show, colours are false: a table that gives true
-# ones has to be fitted on pairs of frames and latents of that VAE.
+# scaled so that normal latents fill the range. Shapes and motion show, colours are false: a table that gives
+# true ones has to be fitted on pairs of frames and latents of that VAE.
 FALSE_COLOURS = [
     [
         0.6 * math.sqrt(2 / CHANNELS) * math.cos(math.pi * (channel + 0.5) * (rgb + 1) / CHANNELS)

@@ -1,0 +1,140 @@
+"""Token Fuser on the host: identities, presets, windows of the sampling."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from mimir_pack.mimir_core.config import FUSER_PRESETS, FuserConfig
+from mimir_pack.mimir_core.fuser import TokenFuser, untrained_state
+from mimir_pack.mimir_core.tokens import LlmTokens
+from mimir_pack.nodes.fuse import MimirTokenFuser
+from mimir_pack.nodes.host import fuser as host_fuser
+
+TEXT, LLM = 24, 48
+SIZES = {"text_dim": TEXT, "llm_dim": LLM, "num_instructions": 4}
+
+
+def trained(preset: str = "mimir") -> tuple[host_fuser.Fuser, TokenFuser]:
+    """A fuser with weights that do something, on the host and as the core builds it."""
+    config = replace(FUSER_PRESETS[preset], **SIZES)
+    torch.manual_seed(1)
+    state = {name: torch.randn_like(tensor) * 0.1 for name, tensor in untrained_state(config).items()}
+    reference = TokenFuser(config).eval()
+    reference.load_state_dict(state)
+    return host_fuser.build_fuser("test.safetensors", config, state), reference
+
+
+def tokens(layer: int = -1, instructions: int = 4) -> LlmTokens:
+    torch.manual_seed(2)
+    return LlmTokens(
+        query=torch.randn(1, 5, LLM),
+        answer=torch.randn(1, 3, LLM),
+        instruction=torch.randn(1, instructions, LLM),
+        pieces=list("abcdefgh"),
+        prompt="p",
+        answer_text="a",
+        instructions=tuple("wxyz"[:instructions]),
+        layer=layer,
+    )
+
+
+def condition(**options: Any) -> list[Any]:
+    torch.manual_seed(3)
+    return [[torch.randn(1, 16, TEXT), {"pooled_output": None, **options}]]
+
+
+def fuse(fuser: Any, conditioning: Any, **options: Any) -> tuple[list[Any], str]:
+    options = {"preset": "as trained", "strength": 1.0, "start": 0.0, "end": 1.0, **options}
+    llm = options.pop("llm", tokens())
+    with torch.inference_mode():
+        result = MimirTokenFuser.EXECUTE_NORMALIZED(
+            conditioning=conditioning, tokens=llm, fuser=fuser, **options
+        )
+    return result.result[0], result.ui.value
+
+
+def test_fused_is_the_cores_fuser():
+    fuser, reference = trained()
+    text = condition()
+    fused, note = fuse(fuser, text, strength=0.5)
+    expected = reference(text[0][0], tokens().sequence(), tokens().instruction, strength=0.5)
+    assert fused[0][0].shape == (1, 20, TEXT) and torch.allclose(fused[0][0], expected, atol=1e-6)
+    assert "5 prompt and 3 answer tokens; the condition has 20" in note
+
+
+@pytest.mark.parametrize("preset", ["as trained", "norm", "baseline"])
+def test_untrained_passes_bit_for_bit_and_says_so(preset):
+    for fuser in (host_fuser.untrained_fuser(), untrained_file()):
+        text = condition()
+        fused, note = fuse(fuser, text, preset=preset, start=0.2)
+        assert len(fused) == 1 and torch.equal(fused[0][0], text[0][0]) and fused[0][1] == text[0][1]
+        assert "untrained" in note
+
+
+def untrained_file() -> host_fuser.Fuser:
+    config = FuserConfig(**SIZES)
+    return host_fuser.build_fuser("untrained.safetensors", config, untrained_state(config))
+
+
+def test_strength_zero_passes_bit_for_bit():
+    fuser, _ = trained()
+    text = condition()
+    fused, note = fuse(fuser, text, strength=0.0)
+    assert fused[0][0] is text[0][0] and "Strength 0" in note
+
+
+def test_window_leaves_t5_alone_outside():
+    fuser, _ = trained()
+    text = condition()
+    fused, _ = fuse(fuser, text, start=0.25, end=0.75)
+    ranges = {(options["start_percent"], options["end_percent"]): part for part, options in fused}
+    assert set(ranges) == {(0.25, 0.75), (0.0, 0.25), (0.75, 1.0)}
+    assert ranges[0.25, 0.75].shape[1] == 20 and torch.equal(ranges[0.0, 0.25], text[0][0])
+    assert "start_percent" not in text[0][1]
+
+
+def test_window_inside_an_entrys_own_range():
+    fuser, _ = trained()
+    fused, _ = fuse(fuser, condition(start_percent=0.5, end_percent=0.9), start=0.0, end=0.6)
+    ranges = {(options["start_percent"], options["end_percent"]) for _, options in fused}
+    assert ranges == {(0.5, 0.6), (0.6, 0.9)}
+    fused, _ = fuse(fuser, condition(start_percent=0.5, end_percent=0.9), start=0.0, end=0.3)
+    assert len(fused) == 1 and fused[0][0].shape[1] == 16
+
+
+def test_presets_use_the_weights_that_are_there():
+    fuser, reference = trained()
+    text = condition()
+    fused, _ = fuse(fuser, text, preset="norm")
+    expected = reference.variant(replace(FUSER_PRESETS["norm"], **SIZES))(
+        text[0][0], tokens().sequence(), tokens().instruction
+    )
+    assert fused[0][0].shape == (1, 16, TEXT) and torch.allclose(fused[0][0], expected, atol=1e-6)
+    again, _ = fuse(fuser, text)
+    assert again[0][0].shape == (1, 20, TEXT)  # the preset did not stick
+
+
+def test_presets_without_weights_are_refused():
+    fuser, _ = trained("zero_conv")
+    with pytest.raises(ValueError, match="The preset 'mimir' does not fit test.safetensors"):
+        fuse(fuser, condition(), preset="mimir")
+
+
+def test_wrong_widths_and_layers():
+    fuser, _ = trained()
+    with pytest.raises(ValueError, match="use the encoders it was trained with"):
+        fuse(fuser, [[torch.zeros(1, 16, 4096), {}]])
+    with pytest.raises(ValueError, match="2 instructions, this fuser expects 4"):
+        fuse(fuser, condition(), llm=tokens(instructions=2))
+    _, note = fuse(fuser, condition(), llm=tokens(layer=-2))
+    assert "trained on layer -1, these tokens are layer -2" in note
+
+
+def test_start_after_end_is_refused():
+    assert "start must come before end" in str(MimirTokenFuser.validate_inputs(start=0.6, end=0.4))
+    assert MimirTokenFuser.validate_inputs(start=None, end=0.4) is True
+    with pytest.raises(ValueError, match="start must come before end"):
+        fuse(trained()[0], condition(), start=1.0, end=1.0)
