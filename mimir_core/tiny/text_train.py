@@ -44,7 +44,7 @@ def train_t5(
     steps: int = 800,
     batch: int = 48,
     device: str = "cpu",
-    log_every: int = 100,
+    every: int = 100,
 ) -> None:
     """Trains T5 to turn captions into simple captions and to fill gaps; keeps its encoder.
 
@@ -61,7 +61,7 @@ def train_t5(
         source, target = source.to(device), target.to(device)
         return model(input_ids=source, attention_mask=torch.ones_like(source), labels=target).loss
 
-    config = LoopConfig(steps=steps, adam_rate=3e-3, log_every=log_every)
+    config = LoopConfig(steps=steps, adam_rate=3e-3, log_every=every, save_every=every)
     report = lambda: _words(t5_exact(model, tokenizer))
     train("t5", model, loss, config, Path(out_dir) / "checkpoints", seed, report)
     _save_t5_encoder(model, folder)
@@ -129,9 +129,10 @@ def _t5_model() -> Any:
 def _t5_config() -> Any:
     from transformers import T5Config
 
-    training = {"num_decoder_layers": 2, "dropout_rate": 0.0, "tie_word_embeddings": True}
-    tokens = {"pad_token_id": 0, "eos_token_id": T5_SPECIALS.index("</s>"), "decoder_start_token_id": 0}
-    return T5Config(**to_dict(T5_PRESETS["tiny"]), **training, **tokens)
+    values: dict[str, Any] = to_dict(T5_PRESETS["tiny"])
+    values |= {"num_decoder_layers": 2, "dropout_rate": 0.0, "tie_word_embeddings": True}
+    values |= {"pad_token_id": 0, "eos_token_id": T5_SPECIALS.index("</s>"), "decoder_start_token_id": 0}
+    return T5Config(**values)
 
 
 def _save_t5_encoder(model: Any, folder: Path) -> None:
@@ -152,7 +153,7 @@ def train_llm(
     steps: int = 800,
     batch: int = 64,
     device: str = "cpu",
-    log_every: int = 100,
+    every: int = 100,
 ) -> None:
     """Trains the language model on chats. Reads and writes `out_dir`/phi, like `train_t5`."""
     folder = Path(out_dir) / "phi"
@@ -170,7 +171,7 @@ def train_llm(
         losses = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         return (losses * weights.flatten()).sum() / weights.sum()
 
-    loop = LoopConfig(steps=steps, adam_rate=3e-3, log_every=log_every)
+    loop = LoopConfig(steps=steps, adam_rate=3e-3, log_every=every, save_every=every)
     report = lambda: _words(llm_exact(model, tokenizer))
     train("phi", model, loss, loop, Path(out_dir) / "checkpoints", seed, report)
     state = {name: value for name, value in model.state_dict().items() if name != "lm_head.weight"}
