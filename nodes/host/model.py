@@ -53,8 +53,9 @@ def load_dit(
     also that of the host's reload factory (`cached_patcher_init`).
     """
     source = weights.read_transformer(path)
+    state = _plain(source.state)
     log_choice()
-    config = _host_config(source.config, source.diffusion, dtype, source.state)
+    config = _host_config(source.config, source.diffusion, dtype, state)
     config.latent_format = MimirLatent(source.diffusion.latent_scale, source.header.get("preview"))
     model = MimirModel(config, source.config, source.diffusion)
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else core_patcher()
@@ -219,6 +220,13 @@ class _Config(comfy.supported_models_base.BASE):
     unet_config: dict[str, Any] = {}
     unet_extra_config: dict[str, Any] = {}
     supported_inference_dtypes = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scaled fp8 weights as bfloat16: the host would otherwise read them without their scales."""
+    if any(weights.quantised(name) for name in state):
+        return weights.dequantised(state, torch.bfloat16)
+    return dict(state)
 
 
 def _host_config(

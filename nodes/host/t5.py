@@ -32,8 +32,11 @@ def load_t5(path: Path, length: int = TEXT_LENGTH, disable_dynamic: bool = False
     T5 v1.1 XXL uses the tokenizer that ComfyUI ships; any other size needs its own files beside its weights.
     """
     source = weights.read_t5(path)
-    folder = HOST_TOKENIZER if source.config == T5_PRESETS["xxl"] else path
-    state, options = _quantisation(dict(source.state), source.header)
+    own = path if path.is_dir() else path.parent
+    folder = HOST_TOKENIZER if source.config == T5_PRESETS["xxl"] else own
+    state = dict(source.state)
+    state.setdefault("shared.weight", state.pop("encoder.embed_tokens.weight", None))
+    state, options = _quantisation(state, source.header)
     tokens = partial(T5Tokens, load_tokenizer(folder), length)
     target = ClipTarget(tokens, partial(T5Model, source.config, options))
     clip = build_clip(target, state, disable_dynamic)
