@@ -29,7 +29,7 @@ from launcher.client import Client, Prompt, Run
 from launcher.comfyui import ROOT, Comfy, fetch, find
 from launcher.console import Failure, complain, say, step
 from launcher.environment import Environment, ensure, ensure_venv, own_python, use_own_python
-from launcher.server import PACK_FOLDER, Server, default_base
+from launcher.server import PACK_FOLDER, Server, base_folder
 from launcher.workflow import SEEDS, set_text, set_value, to_prompt
 
 TEMPLATE = "mimir_tiny_text_to_video"
@@ -44,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and options.command != "test":
         _parser().error(f"unknown arguments: {' '.join(rest)}")
     options.rest = rest
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the host is ended on the way out
+    # Both unwind the stack, so that the host is ended on the way out. A shell's background jobs ignore SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return options.run(options)
     except Failure as failure:
@@ -106,7 +108,7 @@ def demo(options: argparse.Namespace) -> int:
     start = time.monotonic()
     workflow = read_workflow(options.workflow)
     comfy, environment = prepare(options.comfyui)
-    with started(comfy, environment) as server:
+    with started(options.command, comfy, environment) as server:
         client = Client(server.url, alive=server.raise_if_dead)
         prompt = demo_prompt(client, workflow, options)
         say(f'Running {options.workflow}: "{options.prompt}"')
@@ -118,9 +120,10 @@ def demo(options: argparse.Namespace) -> int:
 
 
 @contextmanager
-def started(comfy: Comfy, environment: Environment, port: int = 0) -> Iterator[Server]:
+def started(command: str, comfy: Comfy, environment: Environment, port: int = 0) -> Iterator[Server]:
     """A running host; says how long its start took."""
-    server = Server(comfy, environment.python, default_base(), port, environment.cpu, environment.overlay)
+    base = base_folder(command)
+    server = Server(comfy, environment.python, base, port, environment.cpu, environment.overlay)
     with step(f"Starting ComfyUI {comfy.version} on the {'CPU' if server.cpu else 'GPU'} ({comfy.path})"):
         server.start()
     try:
@@ -176,7 +179,7 @@ def report(prompt: Prompt, run: Run) -> None:
 def serve(options: argparse.Namespace) -> int:
     """Run the host until Ctrl-C, printing what it prints."""
     comfy, environment = prepare(options.comfyui)
-    with started(comfy, environment, options.port) as server:
+    with started(options.command, comfy, environment, options.port) as server:
         say(f"\nOpen {server.url}/?template={TEMPLATE}&source={PACK_FOLDER}\nCtrl-C stops it.\n")
         if options.open:
             webbrowser.open(server.url)

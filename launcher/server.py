@@ -232,6 +232,6 @@ def _copy_pack(place: Path) -> None:
             shutil.copy2(source, place / name)
 
 
-def default_base() -> Path:
-    """The base directory of `demo` and `serve`."""
-    return CACHE / "base"
+def base_folder(command: str) -> Path:
+    """The base directory of a command of run.py: `demo` and `serve` can run side by side."""
+    return CACHE / command
