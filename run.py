@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest and options.command != "test":
         _parser().error(f"unknown arguments: {' '.join(rest)}")
     options.rest = rest
-    # Both unwind the stack, so that the host is ended on the way out. A shell's background jobs ignore SIGINT.
+    # Both unwind the stack, so that the host is ended. A shell starts background jobs with SIGINT ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
