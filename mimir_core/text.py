@@ -90,11 +90,12 @@ class T5Encoder:
         device: torch.device | str = "cpu",
     ) -> T5Encoder:
         """From a folder in transformers' format; in diffusers' layout the tokenizer has its own folder."""
-        from transformers import T5EncoderModel
+        from transformers import T5EncoderModel, __version__
 
+        as_dtype: dict[str, Any] = {"dtype" if int(__version__.split(".")[0]) >= 5 else "torch_dtype": dtype}
         try:
             model = T5EncoderModel.from_pretrained(
-                str(folder), local_files_only=True, use_safetensors=True, torch_dtype=dtype
+                str(folder), local_files_only=True, use_safetensors=True, **as_dtype
             )
         except OSError as error:
             raise ValueError(

@@ -117,22 +117,21 @@ def _t5_model() -> Any:
     where words are known but not their order (simple captions 65 % exact after 800 steps, against 100 %
     after 400).
     """
-    from transformers import T5ForConditionalGeneration
+    from transformers import T5Config, T5ForConditionalGeneration
 
-    model = T5ForConditionalGeneration(_t5_config())
+    model = T5ForConditionalGeneration(T5Config(**_t5_values()))
     for name, parameter in model.named_parameters():
         if "relative_attention_bias" in name:
             nn.init.normal_(parameter, std=2.0)
     return model
 
 
-def _t5_config() -> Any:
-    from transformers import T5Config
-
+def _t5_values() -> dict[str, Any]:
+    """What config.json says."""
     values: dict[str, Any] = to_dict(T5_PRESETS["tiny"])
     values |= {"num_decoder_layers": 2, "dropout_rate": 0.0, "tie_word_embeddings": True}
     values |= {"pad_token_id": 0, "eos_token_id": T5_SPECIALS.index("</s>"), "decoder_start_token_id": 0}
-    return T5Config(**values)
+    return values
 
 
 def _save_t5_encoder(model: Any, folder: Path) -> None:
@@ -140,7 +139,7 @@ def _save_t5_encoder(model: Any, folder: Path) -> None:
         name: value for name, value in model.state_dict().items() if name.startswith(("shared.", "encoder."))
     }
     state.pop("encoder.embed_tokens.weight", None)
-    config = {**_t5_config().to_dict(), "architectures": ["T5EncoderModel"], "dtype": "float16"}
+    config = {**_t5_values(), "model_type": "t5", "architectures": ["T5EncoderModel"], "dtype": "float16"}
     _save_folder(folder, state, config)
 
 
