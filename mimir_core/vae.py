@@ -31,12 +31,27 @@ def build_vae(
     dtype: torch.dtype | None = None,
 ) -> Any:
     """An AutoencoderKLCogVideoX from diffusers' config.json values (what is missing is as in CogVideoX)."""
-    # Takes seconds to import, so only where a VAE is used.
+    autoencoder = _autoencoder_class()
+    with torch.device(device or "cpu"):
+        vae: Any = autoencoder.from_config(dict(config))
+    return vae.to(dtype).eval() if dtype is not None else vae.eval()
+
+
+def _autoencoder_class() -> Any:
+    """diffusers' class. Takes seconds to import, so only where a VAE is used.
+
+    diffusers imports every xformers that is installed and fails with one that does not import. The VAE needs
+    none, so such a one is declared absent first.
+    """
+    from diffusers.utils import import_utils
+
+    try:
+        import xformers.ops  # noqa: F401
+    except Exception:  # noqa: BLE001  OSError, RuntimeError, AttributeError ...: mimir_core.attention reports it
+        import_utils._xformers_available = False
     from diffusers.models.autoencoders.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
 
-    with torch.device(device or "cpu"):
-        vae: Any = AutoencoderKLCogVideoX.from_config(dict(config))
-    return vae.to(dtype).eval() if dtype is not None else vae.eval()
+    return AutoencoderKLCogVideoX
 
 
 def encode(
