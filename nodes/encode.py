@@ -152,4 +152,4 @@ class MimirPhiEncode(io.ComfyNode):
     ) -> io.NodeOutput:
         lines = tuple(line.strip() for line in instructions.splitlines() if line.strip())
         tokens = phi.encode(clip, text, lines, answer_length, temperature, seed, layer)
-        return io.NodeOutput(tokens, tokens.answer_text, ui=say(tokens.answer_text or "no answer asked for"))
+        return io.NodeOutput(tokens, tokens.answer_text, ui=say(phi.report(tokens, text)))

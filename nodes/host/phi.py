@@ -90,6 +90,14 @@ def encode(
     return replace(tokens, **states)
 
 
+def report(tokens: LlmTokens, text: str) -> str:
+    """What the model answered, and whether it could read all of `text`."""
+    answer = f"Phi-3.5 answered: {tokens.answer_text}" if tokens.answer_text else "Phi-3.5 gave no answer."
+    if len(tokens.prompt) >= len(text.strip()):
+        return answer
+    return f"{answer} The prompt was too long for it: it read up to '...{tokens.prompt[-40:]}'."
+
+
 def compute_dtype(network: "PhiModel", device: torch.device) -> torch.dtype:
     """bfloat16 as Phi-3.5 was made, where the device computes in it and the model is not a toy; else float32.
 

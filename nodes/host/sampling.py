@@ -36,7 +36,7 @@ def sample(
     """
     if dynamic != OFF:
         model = with_dynamic_cfg(model, dynamic)
-    out = host_nodes.common_ksampler(
+    out = host_nodes.common_ksampler(  # pyright: ignore[reportAttributeAccessIssue]  it takes ours for "nodes"
         model, seed, steps, cfg, sampler, scheduler, positive, negative, latent, denoise=denoise
     )[0]
     check_finite(out["samples"])

@@ -11,6 +11,7 @@ from typing import Any
 import comfy.sd
 import comfy.text_encoders.sd3_clip as host_t5
 import comfy.utils
+import torch
 from comfy import sd1_clip
 from comfy.supported_models_base import ClipTarget
 from torch import Tensor
@@ -23,7 +24,7 @@ from .patcher import build_clip
 NAME = "t5xxl"  # the key of T5 tokens in every CLIP of the host, whatever the size
 TEXT_LENGTH = 226  # CogVideoX's; Mimir Tiny has its own
 EOS, PAD = 1, 0
-HOST_TOKENIZER = Path(host_t5.__file__).parent / "t5_tokenizer"
+HOST_TOKENIZER = Path(str(host_t5.__file__)).parent / "t5_tokenizer"
 
 
 def load_t5(path: Path, length: int = TEXT_LENGTH, disable_dynamic: bool = False) -> comfy.sd.CLIP:
@@ -158,6 +159,10 @@ def _quantisation(
     """The state as this host wants it, and what its T5 must be told about scaled fp8 weights."""
     if hasattr(comfy.utils, "convert_old_quants"):  # 0.33
         state, _ = comfy.utils.convert_old_quants(state, model_prefix="", metadata=dict(header))
+    elif any(name.endswith((".comfy_quant", ".weight_scale")) for name in state):  # newer than the host
+        state = weights.dequantised(state, torch.float16)
+    elif "scaled_fp8" in state:  # 0.3.75 wants the mark empty, whatever the file's looks like
+        state["scaled_fp8"] = state["scaled_fp8"].new_zeros(0)
     found = host_t5.t5_xxl_detect(state)
     if "t5_quantization_metadata" in found:
         found[f"{NAME}_quantization_metadata"] = found.pop("t5_quantization_metadata")

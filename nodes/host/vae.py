@@ -66,7 +66,7 @@ class CogVideoXVAE(comfy.sd.VAE):
         self.upscale_index_formula = self.downscale_index_formula = (core.TIME, core.SPACE, core.SPACE)
         self.memory_used_decode = lambda shape, dtype: self._bytes(shape[3] * 8, shape[4] * 8, 2800, dtype)
         self.memory_used_encode = lambda shape, dtype: self._bytes(shape[3], shape[4], 1400, dtype)
-        self.working_dtypes = [torch.bfloat16, torch.float16, torch.float32]
+        self.working_dtypes = _dtypes(network)
         self.device, self.output_device = management.vae_device(), management.intermediate_device()
         self.vae_dtype = management.vae_dtype(self.device, self.working_dtypes)
         self.first_stage_model.to(self.vae_dtype)
@@ -114,6 +114,12 @@ class CogVideoXVAE(comfy.sd.VAE):
         network: Any = self.first_stage_model.network
         share = network.config.block_out_channels[0] / 128
         return per_pixel * share * FRAMES_AT_ONCE * height * width * management.dtype_size(dtype)
+
+
+def _dtypes(network: nn.Module) -> list[torch.dtype]:
+    """What the host may choose from. A toy is exact at no cost; the real one was published in 16 bit."""
+    toy = sum(parameter.numel() for parameter in network.parameters()) < 20_000_000
+    return [torch.float32] if toy else [torch.bfloat16, torch.float16, torch.float32]
 
 
 def decode(vae: comfy.sd.VAE, latents: Tensor, tiling: Tiling) -> tuple[Tensor, str]:

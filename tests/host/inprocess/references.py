@@ -62,7 +62,7 @@ def vae() -> Any:
     return AutoencoderKLCogVideoX(**VAE).eval().requires_grad_(False)
 
 
-def t5() -> Any:
+def t5(vocab_size: int | None = None) -> Any:
     from transformers import T5Config, T5EncoderModel
 
     torch.manual_seed(3)
@@ -72,7 +72,7 @@ def t5() -> Any:
         d_ff=48,
         num_layers=2,
         num_heads=3,
-        vocab_size=len(WORDS),
+        vocab_size=vocab_size or len(WORDS),
         feed_forward_proj="gated-gelu",
         tie_word_embeddings=False,
     )

@@ -1,4 +1,4 @@
-"""Every loader, through the node and the host's model folders: right files load, wrong ones get one sentence."""
+"""Every loader, through its node and the host's model folders: right files, wrong files, dtypes."""
 
 from __future__ import annotations
 

@@ -276,3 +276,33 @@ def test_interrupt_stops_between_steps(load, run_node):
     with pytest.raises(management.InterruptProcessingException):
         ksampler(watched, conditioning(prompt_embeds()), conditioning(prompt_embeds()), empty(), 20)
     assert len(calls) == 2
+
+
+def test_live_preview_shows_the_first_frame(load):
+    import latent_preview
+    from comfy.cli_args import LatentPreviewMethod, args
+
+    _, model = load("5b")
+    method, args.preview_method = args.preview_method, LatentPreviewMethod.Latent2RGB
+    try:
+        previewer = latent_preview.get_previewer(torch.device("cpu"), model.model.latent_format)
+    finally:
+        args.preview_method = method
+    kind, image, _ = previewer.decode_latent_to_preview_image("JPEG", torch.randn(1, 16, 3, 8, 12))
+    assert kind == "JPEG" and image.size == (12, 8)
+    assert image.convert("L").getextrema()[1] - image.convert("L").getextrema()[0] > 60
+
+
+def test_fitted_preview_comes_from_the_files_header(load, tmp_path):
+    from mimir_pack.mimir_core.weights import read_transformer, save_transformer
+
+    load("5b")
+    reference = references.transformer()
+    reference.save_pretrained(tmp_path / "dit")
+    source = read_transformer(tmp_path / "dit")
+    preview = {"factors": [[0.1, 0.2, 0.3]] * 16, "bias": [0.5, 0.0, 0.0]}
+    save_transformer(
+        tmp_path / "x.safetensors", source.config, source.diffusion, source.state, preview=preview
+    )
+    latent = host_model.load_dit(tmp_path / "x.safetensors").model.latent_format
+    assert latent.latent_rgb_factors == preview["factors"] and latent.latent_rgb_factors_bias[0] == 0.5

@@ -13,8 +13,9 @@ from mimir_pack.nodes.host import files
 from mimir_pack.nodes.latent import MimirEmptyLatent
 
 CONTRACT = [
-    "MimirLoadTiny", "MimirLoadModel", "MimirLoadT5", "MimirLoadPhi", "MimirLoadFuser", "MimirLoadVAE", "MimirT5Encode",
-    "MimirPhiEncode", "MimirTokenFuser", "MimirEmptyLatent", "MimirSampler", "MimirVAEDecode", "MimirVAEEncode",
+    "MimirLoadTiny", "MimirLoadModel", "MimirLoadT5", "MimirLoadPhi", "MimirLoadFuser", "MimirLoadVAE",
+    "MimirT5Encode", "MimirPhiEncode", "MimirTokenFuser", "MimirEmptyLatent", "MimirSampler",
+    "MimirVAEDecode", "MimirVAEEncode",
 ]  # fmt: skip
 
 
@@ -82,7 +83,8 @@ def test_files_and_model_folders_are_listed(tmp_path, monkeypatch):
     (tmp_path / "org/phi/config.json").write_text("{}")
     (tmp_path / "org/phi/model-00001-of-00002.safetensors").write_bytes(b"x")
     (tmp_path / "plain/c.safetensors").write_bytes(b"x")
-    monkeypatch.setitem(folder_paths.folder_names_and_paths, "mimir", ([str(tmp_path)], {".safetensors", ".ckpt"}))
+    folder = ([str(tmp_path)], {".safetensors", ".ckpt"})
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "mimir", folder)
     folder_paths.filename_list_cache.pop("mimir", None)
     assert files.choices("mimir") == [str(Path("org/phi")), "a.safetensors", str(Path("plain/c.safetensors"))]
     before = files.fingerprint("mimir", "a.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,59 @@ def test_long_prompt_works_and_says_what_was_cut(t5):
         )
     note = result.ui.value
     assert "the last 4999 tokens are cut off, beginning with 'left moves left" in note
+
+
+def host_clip() -> tuple[Any, Any]:
+    """(transformers' T5, a CLIP with the host's own T5 tokenizer and network, as Load CLIP makes it)."""
+    import comfy.text_encoders.sd3_clip as sd3
+    from comfy import sd1_clip
+    from comfy.supported_models_base import ClipTarget
+    from mimir_pack.mimir_core.config import T5Config
+    from mimir_pack.nodes.host.patcher import build_clip
+
+    reference = references.t5(vocab_size=32128)
+    config = T5Config.from_dict(reference.config.to_dict())
+    tokens = partial(sd1_clip.SD1Tokenizer, clip_name="t5xxl", tokenizer=sd3.T5XXLTokenizer, name="t5xxl")
+    target = ClipTarget(tokens, partial(host_t5.T5Model, config, {}))
+    return reference, build_clip(target, reference.state_dict(), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("text", ["A red circle moves left.", "word " * 300])
+def test_a_clip_of_the_hosts_gives_the_same_as_ours(run_node, text):
+    from transformers import AutoTokenizer
+
+    reference, clip = host_clip()
+    (found,) = run_node(MimirT5Encode, clip=clip, text=text)
+    tokenizer = AutoTokenizer.from_pretrained(host_t5.HOST_TOKENIZER)
+    ids = tokenizer(
+        text, padding="max_length", max_length=226, truncation=True, return_tensors="pt"
+    ).input_ids
+    assert (found[0][0] - reference(input_ids=ids).last_hidden_state).abs().max() < 1e-4
+
+
+def test_scaled_fp8_is_read_with_its_scales(t5, run_node, tmp_path):
+    """The layout of t5xxl_fp8_e4m3fn_scaled.safetensors."""
+    from safetensors.torch import save_file
+
+    reference, _ = t5
+    references.save_t5(tmp_path)
+    state, plain = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, {}
+    for name, tensor in reference.state_dict().items():
+        if "DenseReluDense" not in name and ".SelfAttention." not in name or "bias" in name:
+            state[name] = tensor.clone()
+            continue
+        scale = tensor.abs().max() / 300
+        state[name] = (tensor / scale).to(torch.float8_e4m3fn)
+        state[name.replace(".weight", ".scale_weight")] = scale
+        plain[name] = state[name].float() * scale
+    state = {name: tensor for name, tensor in state.items() if name != "encoder.embed_tokens.weight"}
+    save_file(state, tmp_path / "model.safetensors")
+    quantised = references.t5()
+    quantised.load_state_dict({**reference.state_dict(), **plain})
+    clip = host_t5.load_t5(tmp_path, references.TEXT_LENGTH)
+    (found,) = run_node(MimirT5Encode, clip=clip, text=PROMPT)
+    assert (found[0][0] - t5_reference(quantised, PROMPT)).abs().max() < 1e-4
+    assert (found[0][0] - t5_reference(reference, PROMPT)).abs().max() > 1e-4
 
 
 def test_another_t5_clip_is_cut_and_padded_to_226():
