@@ -7,7 +7,7 @@ from .host.fuser import UNTRAINED, load_fuser, untrained_fuser
 from .host.model import DTYPES, load_dit
 from .host.phi import load_phi
 from .host.t5 import load_t5
-from .host.tiny import MIMIR, fuser_names, load_tiny
+from .host.tiny import FOLDER, MIMIR, fuser_names, load_tiny
 from .host.vae import load_vae
 from .types import MimirFuser, schema, widget
 
@@ -49,6 +49,10 @@ class MimirLoadTiny(io.ComfyNode):
             ],
             search_aliases=["demo model", "built-in model"],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, fuser_preset: str) -> str:
+        return fuser_preset + files.stamp(FOLDER)
 
     @classmethod
     def execute(cls, fuser_preset: str) -> io.NodeOutput:

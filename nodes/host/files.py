@@ -43,9 +43,13 @@ def resolve(key: str, name: str) -> Path:
 def fingerprint(key: str, name: str) -> str:
     """Changes when the file, or any file directly in the folder, changes; so that the node runs again."""
     try:
-        path = resolve(key, name)
+        return stamp(resolve(key, name))
     except ValueError:
         return "missing"
+
+
+def stamp(path: Path) -> str:
+    """Names, times and sizes of a file, or of all files in a folder."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     return " ".join(
         f"{file.name}:{file.stat().st_mtime_ns}:{file.stat().st_size}" for file in files if file.is_file()

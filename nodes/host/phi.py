@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from ...mimir_core import weights
 from ...mimir_core.config import PhiConfig
-from ...mimir_core.llm import encode_prompt
+from ...mimir_core.llm import Sampling, encode_prompt, sample
 from ...mimir_core.phi import Phi3ForCausalLM
 from ...mimir_core.text import PhiTokenizer
 from ...mimir_core.tokens import LlmTokens
 from .attention import text_attention
 from .patcher import build_clip
-from .report import progress
+from .report import progress, require_finite
 
 NAME = "phi"
 NOT_CONDITIONING = (
@@ -39,7 +39,7 @@ def load_phi(path: Path, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     """
     source = weights.read_phi(path)
     tokenizer = PhiTokenizer.from_folder(path if path.is_dir() else path.parent)
-    target = ClipTarget(partial(PhiTokens, tokenizer), partial(PhiModel, source.config))
+    target = ClipTarget(partial(PhiTokens, tokenizer), partial(PhiModel, source.config, tokenizer.stop_ids))
     clip = build_clip(
         target, dict(source.state), disable_dynamic, dtype=next(iter(source.state.values())).dtype
     )
@@ -83,6 +83,7 @@ def encode(
         device=device,
         dtype=compute_dtype(network, device),
     )
+    require_finite(tokens.sequence(), "Phi-3.5 Encode", "Use the bfloat16 files of Phi-3.5-mini-instruct.")
     place = management.intermediate_device()
     states = {
         name: getattr(tokens, name).to(place, torch.float32) for name in ("query", "answer", "instruction")
@@ -121,8 +122,10 @@ class PhiTokens:
     ) -> None:
         self.tokenizer = tokenizer
 
-    def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_: Any) -> dict[str, Any]:
-        ids = self.tokenizer.turn(text).ids
+    def tokenize_with_weights(
+        self, text: str, return_word_ids: bool = False, skip_template: bool = False, **_: Any
+    ) -> dict[str, Any]:
+        ids = self.tokenizer.tokenizer(text)["input_ids"] if skip_template else self.tokenizer.turn(text).ids
         return {
             NAME: [
                 [(token, 1.0, index) if return_word_ids else (token, 1.0) for index, token in enumerate(ids)]
@@ -140,11 +143,16 @@ class PhiModel(nn.Module):
     """The network half of the CLIP."""
 
     def __init__(
-        self, config: PhiConfig, device: Any = "cpu", dtype: Any = None, model_options: Any = None
+        self,
+        config: PhiConfig,
+        stop_ids: frozenset[int],
+        device: Any = "cpu",
+        dtype: Any = None,
+        model_options: Any = None,
     ) -> None:
         super().__init__()
         operations = (model_options or {}).get("custom_operations") or comfy.ops.manual_cast
-        self.config, self.dtypes = config, {dtype}
+        self.config, self.stop_ids, self.dtypes = config, stop_ids, {dtype}
         self.phi = Phi3ForCausalLM(
             config, ops=operations, attention=text_attention, device=device, dtype=dtype
         ).eval()
@@ -158,6 +166,33 @@ class PhiModel(nn.Module):
 
     def encode_token_weights(self, tokens: Any) -> Any:
         raise ValueError(NOT_CONDITIONING)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: dict[str, Any],
+        do_sample: bool = True,
+        max_length: int = 256,
+        temperature: float = 1.0,
+        top_p: float = 0.95,
+        seed: int | None = None,
+        **_: Any,
+    ) -> list[int]:
+        """For core's Generate Text (0.33); its top_k, min_p and penalties are not applied."""
+        device, step = self.execution_device, progress()
+        dtype, cache = compute_dtype(self, device), self.phi.new_cache()
+        generator = torch.Generator().manual_seed(seed or 0)
+        settings = Sampling(temperature if do_sample else 0.0, top_p)
+        new, answer = [entry[0] for entry in tokens[NAME][0]], []
+        while len(answer) < max_length:
+            (hidden,) = self.phi(torch.tensor([new], device=device), cache, dtype=dtype)
+            token = sample(self.phi.logits(hidden[:, -1:])[0, -1], settings, generator)
+            if token in self.stop_ids:
+                break
+            new = [token]
+            answer.append(token)
+            step(len(answer), max_length)
+        return answer
 
     def load_sd(self, state: dict[str, Tensor]) -> Any:
         return self.phi.load_state_dict(state, strict=False, assign=getattr(self, "can_assign_sd", False))

@@ -7,6 +7,7 @@ from typing import Any
 
 import comfy.model_management as management
 import comfy.utils
+import torch
 from comfy_api.latest import ui
 from comfy_execution.utils import get_executing_context
 
@@ -20,6 +21,14 @@ def say(text: str) -> ui.PreviewText:
     if context is not None and server is not None:
         server.send_progress_text(text, context.node_id)
     return ui.PreviewText(text)
+
+
+def require_finite(values: torch.Tensor, stage: str, remedy: str) -> None:
+    """ValueError when a stage gave NaN or infinity, instead of a black video in silence."""
+    finite = torch.isfinite(values)
+    if not bool(finite.all()):
+        share = 1 - finite.float().mean().item()
+        raise ValueError(f"{stage}: {share:.0%} of the result is NaN or infinite. {remedy}")
 
 
 def progress() -> Callable[[int, int], None]:

@@ -4,16 +4,20 @@ from collections.abc import Callable
 from typing import Any
 
 import comfy.samplers
-import torch
 from torch import Tensor
 
 import nodes as host_nodes  # the host's top-level module; this package is reached by relative imports only
 
 from ...mimir_core.diffusion import CFG_CURVES
+from .report import require_finite
 
 SAMPLERS: list[str] = comfy.samplers.KSampler.SAMPLERS
 SCHEDULERS: list[str] = comfy.samplers.KSampler.SCHEDULERS
 OFF = "off"
+OVERFLOW = (
+    "Load the DiT as bfloat16 or float32 (float16 overflows in CogVideoX 5B), start ComfyUI without a custom "
+    "attention, and use cfg below 12."
+)
 DYNAMIC = {"cosine ramp (SAT)": "cosine_ramp", "diffusers curve": "diffusers"}
 
 
@@ -39,7 +43,7 @@ def sample(
     out = host_nodes.common_ksampler(  # pyright: ignore[reportAttributeAccessIssue]  it takes ours for "nodes"
         model, seed, steps, cfg, sampler, scheduler, positive, negative, latent, denoise=denoise
     )[0]
-    check_finite(out["samples"])
+    require_finite(out["samples"], "Mimir DiT Sampler", OVERFLOW)
     return out
 
 
@@ -52,19 +56,6 @@ def with_dynamic_cfg(model: Any, dynamic: str) -> Any:
     curve = CFG_CURVES[DYNAMIC[dynamic]]
     clone.set_model_sampler_cfg_function(_guide(curve, inner), disable_cfg1_optimization=True)
     return clone
-
-
-def check_finite(samples: Tensor) -> None:
-    """Raises ValueError when sampling broke, instead of letting a black video pass in silence."""
-    if bool(torch.isfinite(samples).all()):
-        return
-    share = 1 - torch.isfinite(samples).float().mean().item()
-    raise ValueError(
-        f"Mimir DiT Sampler: {share:.0%} of the latent is NaN or infinite after sampling. Load the DiT as "
-        f"bfloat16 or "
-        "float32 (float16 overflows in CogVideoX 5B), start ComfyUI without a custom attention, and use cfg "
-        "below 12."
-    )
 
 
 def _guide(

@@ -20,6 +20,7 @@ from ...mimir_core import weights
 from ...mimir_core.config import T5_PRESETS, T5Config
 from ...mimir_core.text import Cut, load_tokenizer, t5_tokens
 from .patcher import build_clip
+from .report import require_finite
 
 NAME = "t5xxl"  # the key of T5 tokens in every CLIP of the host, whatever the size
 TEXT_LENGTH = 226  # CogVideoX's; Mimir Tiny has its own
@@ -58,10 +59,11 @@ def encode(clip: comfy.sd.CLIP, text: str) -> tuple[list[Any], str]:
     if NAME not in tokens:
         raise ValueError(_not_t5(tokens))
     if isinstance(clip.tokenizer, T5Tokens):
-        return clip.encode_from_tokens_scheduled(tokens), _report(clip.tokenizer.read(text)[1])
-    tokens[NAME], cut = _fit(tokens[NAME])
+        cut, length = clip.tokenizer.read(text)[1], clip.tokenizer.length
+    else:
+        (tokens[NAME], cut), length = _fit(tokens[NAME]), TEXT_LENGTH
     conditioning = clip.encode_from_tokens_scheduled(tokens)
-    _check_foreign(conditioning)
+    _check(conditioning, length)
     return conditioning, _report(cut)
 
 
@@ -92,12 +94,12 @@ def _is(token: Any, ids: tuple[int, ...]) -> bool:
     return isinstance(token[0], int) and token[0] in ids  # an embedding is a tensor in the id's place
 
 
-def _check_foreign(conditioning: list[Any]) -> None:
+def _check(conditioning: list[Any], length: int) -> None:
     for tokens, _ in conditioning:
-        if tokens.shape[1] != TEXT_LENGTH:
+        require_finite(tokens, "T5 Encode", "Use an fp16 or bf16 file of T5 v1.1.")
+        if tokens.shape[1] != length:
             raise ValueError(
-                f"This CLIP joins T5 with other encoders ({tokens.shape[1]} tokens, CogVideoX reads "
-                f"{TEXT_LENGTH}). "
+                f"This CLIP joins T5 with others: it gives {tokens.shape[1]} tokens, CogVideoX reads {length}. "
                 "Load T5 alone: Load T5, or core's Load CLIP with one T5 file."
             )
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...mimir_core import vae as core
 from ...mimir_core import weights
 from .latent import CHANNELS
-from .report import progress
+from .report import progress, require_finite
 
 Tiling = Literal["auto", "off", "on"]
 TILINGS: tuple[Tiling, ...] = ("auto", "off", "on")
@@ -130,6 +130,7 @@ def decode(vae: comfy.sd.VAE, latents: Tensor, tiling: Tiling) -> tuple[Tensor, 
         return frames.flatten(0, -4), "Decoded by another VAE than Mimir's."
     tile = vae.tile if tiling == "on" or (tiling == "auto" and not vae.fits(needed)) else None
     frames = vae.decode(latents, vae_options={"tile": tile})  # the host falls back to decode_tiled_3d
+    require_finite(frames, "VAE Decode", "Start ComfyUI with --fp32-vae, or choose the VAE of this model.")
     return frames.flatten(0, -4), _report("Decoded", vae.first_stage_model.last_tile, tile)
 
 

@@ -213,3 +213,13 @@ def test_interrupt_stops_between_tokens(phi, monkeypatch):
     with pytest.raises(management.InterruptProcessingException), torch.inference_mode():
         host_phi.encode(clip, PROMPT, (), 20, 0.0, 0, -1)
     assert len(count) == 3
+
+
+def test_core_text_generation_works_where_the_host_has_it(phi, run_node):
+    """0.33's Generate Text on our CLIP gives the answer that Phi-3.5 Encode gives."""
+    textgen = pytest.importorskip("comfy_extras.nodes_textgen")
+    _, clip = phi
+    (text,) = run_node(
+        textgen.TextGenerate, clip=clip, prompt=PROMPT, max_length=6, sampling_mode={"sampling_mode": "off"}
+    )
+    assert text == run_node(MimirPhiEncode, clip=clip, text=PROMPT, **PHI)[1]
