@@ -99,7 +99,7 @@ def _check(conditioning: list[Any], length: int) -> None:
         require_finite(tokens, "T5 Encode", "Use an fp16 or bf16 file of T5 v1.1.")
         if tokens.shape[1] != length:
             raise ValueError(
-                f"This CLIP joins T5 with others: it gives {tokens.shape[1]} tokens, CogVideoX reads {length}. "
+                f"This CLIP joins T5 with others: {tokens.shape[1]} tokens, but CogVideoX reads {length}. "
                 "Load T5 alone: Load T5, or core's Load CLIP with one T5 file."
             )
 
