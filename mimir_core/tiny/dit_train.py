@@ -9,6 +9,7 @@ under a zero-terminal-SNR schedule, with captions dropped for classifier-free gu
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from ..diffusion import add_noise, alpha_of, alphas_cumprod, velocity
 from ..dit import CogVideoXTransformer
 from ..fuser import TokenFuser
 from ..text import T5Encoder
+from ..tokens import LlmTokens
 from .features import Features
 from .loop import LoopConfig, train
 
@@ -35,7 +37,7 @@ BASELINE = LoopConfig(
     log_every=100,
 )
 MIMIR = LoopConfig(
-    steps=8000,
+    steps=7500,
     muon_rate=0.01,
     adam_rate=2e-3,
     warmup=100,
@@ -46,7 +48,7 @@ MIMIR = LoopConfig(
     log_every=100,
 )
 ALONE = 0.25  # share of the Mimir steps in which T5 stands alone
-DROPPED = 0.10  # share of captions that are dropped, over all steps
+DROPPED = 0.10  # share of captions that are replaced by the empty prompt
 
 
 class Mimir(nn.Module):
@@ -61,12 +63,20 @@ class DitTraining:
     """Losses of both stages over cached features."""
 
     def __init__(
-        self, features: Features, t5: T5Encoder, diffusion: DiffusionConfig, seed: int, device: str = "cpu"
+        self,
+        features: Features,
+        t5: T5Encoder,
+        null_tokens: LlmTokens,  # of the empty prompt
+        diffusion: DiffusionConfig,
+        seed: int,
+        device: str = "cpu",
     ) -> None:
         torch.manual_seed(seed)
         self.features, self.diffusion, self.seed, self.device = features, diffusion, seed, device
         self.alphas = alphas_cumprod(diffusion)
         self.null = t5.encode("").hidden.to(device)  # (1, n, D)
+        self.null_llm = null_tokens.sequence().to(device)  # (1, L, Dl)
+        self.null_instruction = null_tokens.instruction.to(device)  # (1, K, Dl)
         dit = CogVideoXTransformer(DIT_PRESETS["tiny"])
         dit.init_weights()
         fuser = TokenFuser(tiny_fuser_config())
@@ -75,19 +85,18 @@ class DitTraining:
 
     def baseline(self, step: int) -> Tensor:
         """T5 alone."""
-        return self._loss(step, alone=True, dropped=DROPPED)
+        return self._loss(step, alone=True)
 
     def mimir(self, step: int) -> Tensor:
-        """The fused condition, or T5 alone in a quarter of the steps; only those drop captions."""
+        """The fused condition, or T5 alone in a quarter of the steps."""
         alone = random.Random(f"alone/{self.seed}/{step}").random() < ALONE
-        return self._loss(10_000_000 + step, alone, DROPPED / ALONE if alone else 0.0)
+        return self._loss(10_000_000 + step, alone)
 
-    def _loss(self, step: int, alone: bool, dropped: float) -> Tensor:
+    def _loss(self, step: int, alone: bool) -> Tensor:
         """Mean squared error of the velocity on one batch."""
-        index, which, drop, t = self._draw(step, dropped)
-        x0 = (
-            self.features.latents[index].float().to(self.device) * self.diffusion.latent_scale
-        )  # (B, C, T, H, W)
+        index, which, drop, t = self._draw(step)
+        x0 = self.features.latents[index].float().to(self.device)
+        x0 = x0 * self.diffusion.latent_scale  # (B, C, T, H, W)
         noise = torch.randn_like(x0)
         a = alpha_of(self.alphas, t, x0)
         with torch.autocast(x0.device.type, torch.bfloat16):
@@ -95,38 +104,39 @@ class DitTraining:
             output = self.model.dit(add_noise(x0, noise, a), t, text)
         return (output.float() - velocity(x0, noise, a)).square().mean()
 
-    def _draw(self, step: int, dropped: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _draw(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
         count = len(self.features.latents)
         index = torch.randint(count, (BATCH,), generator=generator)
         which = torch.randint(self.features.t5.shape[1], (BATCH,), generator=generator)
-        drop = torch.rand(BATCH, generator=generator) < dropped
+        drop = torch.rand(BATCH, generator=generator) < DROPPED
         # stratified timesteps: one from each 1/B of the schedule
         u = (torch.arange(BATCH) + torch.rand(BATCH, generator=generator)) / BATCH
         t = (u * self.diffusion.num_train_timesteps).long().clamp(max=self.diffusion.num_train_timesteps - 1)
         return index, which, drop, t.to(self.device)
 
     def _condition(self, index: Tensor, which: Tensor, drop: Tensor, alone: bool) -> Tensor:
-        text = self.features.t5[index, which].float().to(self.device)  # (B, n, D)
-        text = torch.where(drop.to(self.device)[:, None, None], self.null, text)
+        """T5's tokens, or all tokens through the fuser; a dropped caption is the empty prompt in both."""
+        drop = drop.to(self.device)[:, None, None]
+        text = torch.where(drop, self.null, self._take("t5", index, which))  # (B, n, D)
         if alone:
             return text
-        llm = self.features.llm[index, which].float().to(self.device)  # (B, L, Dl)
-        mask = torch.arange(llm.shape[1])[None] < self.features.length[index, which][:, None]
-        instruction = self.features.instruction[index, which].float().to(self.device)
-        return self.model.fuser(text, llm, instruction, mask.to(self.device))
+        llm = self._take("llm", index, which)  # (B, L, Dl)
+        length = self.features.length[index, which].to(self.device)[:, None]
+        empty = nn.functional.pad(self.null_llm, (0, 0, 0, llm.shape[1] - self.null_llm.shape[1]))
+        length = torch.where(drop[:, :, 0], self.null_llm.shape[1], length)  # (B, 1)
+        mask = torch.arange(llm.shape[1], device=self.device)[None] < length  # (B, L)
+        instruction = torch.where(drop, self.null_instruction, self._take("instruction", index, which))
+        return self.model.fuser(text, torch.where(drop, empty, llm), instruction, mask)
+
+    def _take(self, name: str, index: Tensor, which: Tensor) -> Tensor:
+        return getattr(self.features, name)[index, which].float().to(self.device)
 
 
 def tiny_fuser_config() -> FuserConfig:
     """The full fuser at the widths of Mimir Tiny."""
-    values = {**FUSER_PRESETS["mimir"].__dict__}
-    return FuserConfig(
-        **{
-            **values,
-            "text_dim": DIT_PRESETS["tiny"].text_embed_dim,
-            "llm_dim": PHI_PRESETS["tiny"].hidden_size,
-        }
-    )
+    widths = {"text_dim": DIT_PRESETS["tiny"].text_embed_dim, "llm_dim": PHI_PRESETS["tiny"].hidden_size}
+    return replace(FUSER_PRESETS["mimir"], **widths)
 
 
 def train_dit(training: DitTraining, folder: Path) -> Mimir:

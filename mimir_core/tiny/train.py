@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..config import DiffusionConfig
+from ..llm import encode_prompt
 from ..text import PhiTokenizer, T5Encoder
 from .dit_train import DitTraining, train_dit
 from .features import TEXT_LENGTH, Features, make_shard
@@ -107,8 +108,10 @@ def _vae(folder: Path, seed: int, device: str, name: str = "vae.safetensors"):  
 def _dit_training(folder: Path, seed: int, device: str, shards: int) -> DitTraining:
     features = Features.load(folder / "features", shards)
     t5 = T5Encoder.from_folder(folder / "text" / "t5", TEXT_LENGTH)
+    phi, tokenizer = load_phi(folder / "text" / "phi"), PhiTokenizer.from_folder(folder / "text" / "phi")
+    null = encode_prompt(phi, tokenizer, "", max_answer_tokens=32)
     return DitTraining(
-        features, t5, DiffusionConfig(latent_scale=latent_scale(features.latents)), seed, device
+        features, t5, null, DiffusionConfig(latent_scale=latent_scale(features.latents)), seed, device
     )
 
 
