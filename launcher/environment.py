@@ -156,7 +156,9 @@ def _phase(python: Path, name: str, title: str, arguments: list[str], optional: 
 
 def pip(python: Path, arguments: list[str]) -> None:
     """`pip install`; raises Failure with the reason and what to do."""
-    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
+    # Without --no-compile pip compiles thousands of modules that nothing ever imports.
+    flags = ["--quiet", "--disable-pip-version-check", "--no-compile"]
+    command = [str(python), "-m", "pip", "install", *flags, *arguments]
     run = subprocess.run(command, capture_output=True, text=True, errors="replace")
     if run.returncode == 0:
         return

@@ -96,7 +96,7 @@ def _take(name: str, spec: list[Any], values: Iterator[Any], inputs: dict[str, A
     kind, options = spec[0], spec[1] if len(spec) > 1 else {}
     if not (isinstance(kind, list) or kind in WIDGETS) or options.get("forceInput"):
         return
-    value = next(values, options.get("default"))
+    value = next(values, _default(kind, options))
     if value is not None:
         inputs[name] = value
     if kind == DYNAMIC_COMBO:  # its inputs follow it and carry its name
@@ -105,6 +105,12 @@ def _take(name: str, spec: list[Any], values: Iterator[Any], inputs: dict[str, A
             _take(f"{name}.{inner}", inner_spec, values, inputs)
     elif _has_companion(name, kind, options):
         next(values, None)
+
+
+def _default(kind: Any, options: dict[str, Any]) -> Any:
+    """What the page puts where a saved workflow says nothing: the default, or the first choice of a combo."""
+    choices = kind if isinstance(kind, list) else options.get("options")
+    return options.get("default", choices[0] if choices and kind != DYNAMIC_COMBO else None)
 
 
 def _has_companion(name: str, kind: Any, options: dict[str, Any]) -> bool:

@@ -120,6 +120,7 @@ def test_a_saved_workflow_becomes_a_prompt():
         "name": "video/x",
         "format": "auto",
         "format.codec": "h264",
+        "codec": "auto",
     }
     assert prompt["8"]["_meta"]["title"] == "Save Video"
     assert prompt["3"]["inputs"] == {"text": ["2", 0]}
