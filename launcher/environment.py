@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ PIP_REMEDIES = (
     ("not enough space", "Free some space (about {gb} GB are needed) and run the same command again."),
     (
         "No matching distribution",
-        "pip's package index lacks it for this Python ({python}); use Python 3.11 or 3.12.",
+        "No wheel for this system and Python {python}; use Python 3.11 or 3.12.",
     ),
     ("SSLError", "A proxy seems to replace certificates: set PIP_CERT to its certificate file."),
     ("onnection", "Check the network; a proxy goes into HTTPS_PROXY, a mirror into PIP_INDEX_URL."),
@@ -253,15 +254,23 @@ def exclusive(path: Path) -> Iterator[None]:
     """Hold a lock file, waiting for a run.py that has it: two pips in one environment mix their packages."""
     path.parent.mkdir(exist_ok=True)
     with open(path, "w") as file:
-        if sys.platform == "win32":
-            import msvcrt
+        _lock(file.fileno())
+        yield  # closing the file gives the lock back, and so does the end of the process
 
-            msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
-        else:
-            import fcntl
 
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def _lock(descriptor: int) -> None:
+    if sys.platform != "win32":
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        return
+    import msvcrt
+
+    while True:
+        try:
+            return msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except OSError:  # somebody else has it
+            time.sleep(0.5)
 
 
 def _runs(python: Path, *arguments: str) -> bool:

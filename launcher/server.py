@@ -19,6 +19,7 @@ from .console import Failure
 PACK_FOLDER = "ComfyUI-Mimir"
 HOST_ADDRESS = "127.0.0.1"
 START_SECONDS = 180.0
+JUNCTION_TAG = 0xA0000003
 # Copied where the system allows no link: everything that ComfyUI reads from a pack.
 PACK_CONTENTS = (
     "__init__.py",
@@ -212,7 +213,8 @@ def link_pack(place: Path) -> None:
 
 
 def _is_junction(place: Path) -> bool:
-    return sys.platform == "win32" and place.is_dir() and place.resolve() != place.absolute()
+    """Whether it is a Windows junction, which Python before 3.12 takes for a plain folder."""
+    return os.path.lexists(place) and getattr(place.lstat(), "st_reparse_tag", 0) == JUNCTION_TAG
 
 
 def _junction(place: Path) -> bool:
