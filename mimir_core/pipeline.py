@@ -61,11 +61,11 @@ def text_to_video(
     timesteps = trailing_timesteps(steps, models.diffusion)
     guidance = cfg_schedule(cfg_curve, cfg, timesteps)
 
-    def condition(text: str) -> Tensor:
-        return _condition(models, text, strength, max_answer_tokens)
+    def read(text: str) -> Tensor:
+        return condition(models, text, strength, max_answer_tokens)
 
-    positive = condition(prompt)  # (1, n + K, D)
-    negative = torch.zeros_like(positive) if negative_prompt is None else condition(negative_prompt)
+    positive = read(prompt)  # (1, n + K, D)
+    negative = torch.zeros_like(positive) if negative_prompt is None else read(negative_prompt)
     noise = torch.Generator().manual_seed(seed)
     latents, extra = _noise(
         models.transformer, latent_frames(frames), height, width, noise
@@ -78,8 +78,9 @@ def text_to_video(
     return ((video[0].float() + 1) / 2).clamp(0, 1).permute(1, 2, 3, 0).cpu()
 
 
-def _condition(models: Any, prompt: str, strength: float, max_answer_tokens: int) -> Tensor:
-    """What the DiT reads: T5's tokens, fused with the language model's where there is a fuser."""
+@torch.no_grad()
+def condition(models: Any, prompt: str, strength: float, max_answer_tokens: int) -> Tensor:
+    """What the DiT reads: T5's tokens (1, n, D), or fused ones (1, n + K, D) where there is a fuser."""
     target = models.transformer.proj_out.weight
     text = models.t5.encode(prompt).hidden.to(target.device)
     if models.fuser is not None and strength != 0:

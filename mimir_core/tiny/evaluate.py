@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 
 from ..diffusion import cfg_schedule, trailing_timesteps
-from ..llm import encode_prompt
+from ..pipeline import Models, condition
 from ..sampling import SAMPLERS, guided
 from .captions import STYLES, caption
 from .detector import judge
-from .parts import WEIGHTS, Parts, load_parts
+from .parts import WEIGHTS, load_parts
 from .world import FRAMES, SIZE, Scene, Thing, random_scene, render, stage
 
 PROMPTS = Path(__file__).parent / "prompts.json"
 SHARES = {"one": 70, "light": 40, "count": 40, "pair": 10, "relation": 40}
-STEPS, CFG = 25, 3.0
+STEPS, CFG, ANSWER = 25, 3.0, 32
 
 # name: (which scenes, which verdict)
 METRICS: dict[str, tuple[Callable[[Scene], bool], str]] = {
@@ -76,18 +76,8 @@ def save_prompts(prompts: Sequence[Prompt], path: Path = PROMPTS) -> None:
 
 
 @torch.no_grad()
-def condition(parts: Parts, prompt: str, fused: bool) -> Tensor:
-    """(1, n, D) from T5 alone or (1, n + 4, D) fused, with the likeliest answer."""
-    text = parts.t5.encode(prompt).hidden
-    if not fused:
-        return text
-    tokens = encode_prompt(parts.phi, parts.phi_tokenizer, prompt, max_answer_tokens=32)
-    return parts.fuser(text, tokens.sequence(), tokens.instruction)
-
-
-@torch.no_grad()
 def generate(
-    parts: Parts,
+    parts: Models,
     prompts: Sequence[str],
     seeds: Sequence[int],
     fused: bool,
@@ -95,8 +85,9 @@ def generate(
     scale: float = CFG,
 ) -> Tensor:
     """(B, 3, F, H, W) in -1..1. Noise depends on the seed alone."""
-    positive = torch.cat([condition(parts, prompt, fused) for prompt in prompts])
-    negative = parts.t5.encode("").hidden
+    strength = 1.0 if fused else 0.0
+    positive = torch.cat([condition(parts, prompt, strength, ANSWER) for prompt in prompts])
+    negative = condition(parts, "", strength, ANSWER)
     shape = (parts.transformer.config.in_channels, (FRAMES - 1) // 4 + 1, SIZE // 8, SIZE // 8)
     noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
     timesteps = trailing_timesteps(steps, parts.diffusion)
@@ -122,7 +113,7 @@ def rendered_truth(prompts: Sequence[Prompt]) -> Tensor:
 
 
 def evaluate(
-    parts: Parts, prompts: Sequence[Prompt], styles: Sequence[str], batch: int = 20
+    parts: Models, prompts: Sequence[Prompt], styles: Sequence[str], batch: int = 20
 ) -> dict[str, dict]:
     """{"truth": metrics, "simple/fused": metrics, "simple/t5": metrics, ...}"""
     results = {"truth": score(prompts, rendered_truth(prompts))}
@@ -171,7 +162,7 @@ def contact_sheet(
 
 
 def sheet_of(
-    parts: Parts, prompts: Sequence[Prompt], path: Path, style: str = "simple", number: int = 18
+    parts: Models, prompts: Sequence[Prompt], path: Path, style: str = "simple", number: int = 18
 ) -> None:
     """A contact sheet of prompts spread evenly over the list, the fused condition, nothing chosen by hand."""
     chosen = [prompts[i * len(prompts) // number] for i in range(number)]

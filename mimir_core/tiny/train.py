@@ -17,16 +17,19 @@ from __future__ import annotations
 import argparse
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..config import DiffusionConfig
+from .. import weights
+from ..config import DiffusionConfig, to_dict
 from ..llm import encode_prompt
+from ..phi import Phi3ForCausalLM
 from ..text import PhiTokenizer, T5Encoder
 from .dit_train import DitTraining, train_dit
 from .features import TEXT_LENGTH, Features, make_shard
-from .parts import WEIGHTS, load_phi, save_part, save_transformer
+from .parts import WEIGHTS
 from .text_train import train_llm, train_t5, train_tokenizers
 from .vae_train import VAE_CONFIG, VaeTraining, latent_scale, preview_factors, train_decoder, train_vae
 
@@ -49,11 +52,7 @@ def vae_stage(folder: Path, seed: int, device: str, shards: int) -> None:
 def features_stage(folder: Path, seed: int, device: str, shards: int) -> None:
     """Shards that are there are kept, so that several processes may share the work."""
     vae = _vae(folder, seed, device)
-    t5 = T5Encoder.from_folder(folder / "text" / "t5", TEXT_LENGTH, device=device)
-    phi, tokenizer = (
-        load_phi(folder / "text" / "phi").to(device),
-        PhiTokenizer.from_folder(folder / "text" / "phi"),
-    )
+    t5, phi, tokenizer = _text_models(folder, device)
     for index in range(shards):
         make_shard(folder / "features" / f"{index:04d}.safetensors", index, seed, vae, t5, phi, tokenizer)
         print(f"features {index + 1}/{shards}", flush=True)
@@ -79,36 +78,35 @@ def export_stage(folder: Path, seed: int, device: str, shards: int, target: Path
     vae = _vae(folder, seed, "cpu", "vae_final.safetensors")
     preview = preview_factors(vae, training.diffusion.latent_scale, seed)
     target.mkdir(parents=True, exist_ok=True)
-    save_transformer(
-        target / "transformer.safetensors", training.model.dit, training.diffusion, preview=preview
+    dit, fuser, half = training.model.dit, training.model.fuser, torch.float16
+    weights.save_transformer(
+        target / "transformer.safetensors", dit.config, training.diffusion, dit.state_dict(), half, preview
     )
-    trained = {"preset": "mimir", "base": "mimir-tiny", "trained": True}
-    save_part(
-        target / "fuser.safetensors",
-        training.model.fuser.state_dict(),
-        config=training.model.fuser.config.__dict__,
-        **trained,
+    weights.save(
+        target / "fuser.safetensors", fuser.state_dict(), half, config=to_dict(fuser.config), preset="mimir"
     )
-    save_part(
-        target / "vae.safetensors",
-        vae.state_dict(),
-        config=VAE_CONFIG | {"scaling_factor": training.diffusion.latent_scale},
-    )
+    config = {**VAE_CONFIG, "scaling_factor": training.diffusion.latent_scale}
+    weights.save_vae(target / "vae.safetensors", config, vae.state_dict(), half)
     for name in ("t5", "phi"):
         shutil.copytree(folder / "text" / name, target / name, dirs_exist_ok=True)
     print(f"wrote {target}: {sum(f.stat().st_size for f in target.rglob('*') if f.is_file()) / 1e6:.1f} MB")
 
 
-def _vae(folder: Path, seed: int, device: str, name: str = "vae.safetensors"):  # noqa: ANN202
+def _vae(folder: Path, seed: int, device: str, name: str = "vae.safetensors") -> Any:
     training = VaeTraining(seed, device)
     training.vae.load_state_dict(load_file(folder / name))
     return training.vae.eval()
 
 
+def _text_models(folder: Path, device: str) -> tuple[T5Encoder, Phi3ForCausalLM, PhiTokenizer]:
+    t5 = T5Encoder.from_folder(folder / "text" / "t5", TEXT_LENGTH, device=device)
+    phi = weights.load_phi(folder / "text" / "phi", device, torch.float32)
+    return t5, phi, PhiTokenizer.from_folder(folder / "text" / "phi")
+
+
 def _dit_training(folder: Path, seed: int, device: str, shards: int) -> DitTraining:
     features = Features.load(folder / "features", shards)
-    t5 = T5Encoder.from_folder(folder / "text" / "t5", TEXT_LENGTH)
-    phi, tokenizer = load_phi(folder / "text" / "phi"), PhiTokenizer.from_folder(folder / "text" / "phi")
+    t5, phi, tokenizer = _text_models(folder, "cpu")
     null = encode_prompt(phi, tokenizer, "", max_answer_tokens=32)
     return DitTraining(
         features, t5, null, DiffusionConfig(latent_scale=latent_scale(features.latents)), seed, device
