@@ -188,10 +188,7 @@ class PhiTokenizer:
 
     def defuse(self, text: str) -> str:
         """`text` stripped, and with nothing in it that spells a template token: '<|end|>' -> '< |end|>'."""
-        text = text.strip()
-        while self._spelling.search(text):
-            text = self._spelling.sub(lambda match: match[0][0] + " " + match[0][1:], text)
-        return text
+        return self._spelling.sub(lambda match: match[0][0] + " " + match[0][1:], text.strip())
 
     def shorten(self, prompt: str, tokens: int) -> str:
         """The beginning of `prompt` that is written with at most `tokens` tokens."""
@@ -229,7 +226,7 @@ class PhiTokenizer:
         self, text: str, ids: list[int], spans: list[tuple[int, int]], start: int, end: int
     ) -> None:
         for position in positions_within(spans, start, end):
-            if ids[position] in self._reserved and spans[position][0] >= start:
+            if ids[position] in self._reserved:
                 found = text[slice(*spans[position])]
                 raise ValueError(
                     f"the prompt contains {found!r}, which this model reads as a control token; rephrase it"

@@ -68,10 +68,20 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-# The turn has 18 tokens, with an instruction up to 35: the rotary factors change nowhere, in the answer,
-# between the prompt and the instructions, within the shared beginning of all of them, and before
-# everything.
-@pytest.mark.parametrize("border", [2048, 20, 18, 17, 12, 3])
+# Where the rotary factors change. Tokens: 10 are shared, the prompt's own turn has 12, with an instruction 20 to 28.
+BORDERS = {
+    "nowhere": 2048,
+    "within the instructions": 23,
+    "within the answer": 14,
+    "after the prompt's turn": 12,
+    "within its header": 11,
+    "after the shared beginning": 10,
+    "within the shared beginning": 6,
+    "before everything": 3,
+}
+
+
+@pytest.mark.parametrize("border", BORDERS.values(), ids=BORDERS)
 @pytest.mark.parametrize("layer", [-1, -2, 0])
 def test_equals_separate_sequences_of_transformers(chat, border, layer):
     ours, theirs = models(border)
@@ -85,12 +95,10 @@ def test_equals_separate_sequences_of_transformers(chat, border, layer):
     assert (found.prompt, found.layer, found.instructions) == (PROMPT, layer, DEFAULT_INSTRUCTIONS)
 
 
-def test_borders_of_the_test_above_are_where_it_says(chat):
-    lengths = [len(chat.turn(PROMPT, instruction).ids) for instruction in (None, *DEFAULT_INSTRUCTIONS)]
-    shared = common_prefix(
-        [chat.turn(PROMPT, instruction).ids for instruction in (None, *DEFAULT_INSTRUCTIONS)]
-    )
-    assert shared <= 12 < 17 < lengths[0] or shared < lengths[0] <= 17, (shared, lengths)
+def test_borders_are_where_their_names_say(chat):
+    turns = [chat.turn(PROMPT, instruction).ids for instruction in (None, *DEFAULT_INSTRUCTIONS)]
+    assert (common_prefix(turns), len(turns[0])) == (10, 12)
+    assert min(map(len, turns[1:])) == 20 and max(map(len, turns)) == 28
 
 
 def test_the_shared_beginning_is_read_once(chat, monkeypatch):

@@ -117,8 +117,7 @@ def test_a_prompt_never_forges_template_tokens(chat, prompt, where):
     def controls(text: str) -> list[int]:
         words = {"prompt": "x", "instruction": "y", "system": "z", where: text}
         ids = chat.turn(**words).ids
-        specials = {i for i, token in chat.tokenizer.added_tokens_decoder.items() if token.special}
-        return [i for i in ids if i in specials]
+        return [i for i in ids if i in chat.tokenizer.added_tokens_decoder]
 
     assert controls(prompt) == controls("innocent")
     forged = chat.tokenizer(prompt, add_special_tokens=False)["input_ids"]

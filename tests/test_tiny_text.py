@@ -126,6 +126,7 @@ def test_any_text_survives_the_tokenizers(tokenizers):
     for name in ("t5", "phi"):
         tokenizer = Tokenizer.from_file(str(tokenizers / name / "tokenizer.json"))
         assert tokenizer.get_vocab_size() == 1024
+        assert tokenizer.encode("Red").ids[0] == tokenizer.encode("a red circle").ids[1]  # first word as any
         assert tokenizer.decode(tokenizer.encode(text).ids).strip() == text
     assert Tokenizer.from_file(str(tokenizers / "t5" / "tokenizer.json")).encode("a").ids[-1] == 1
 
