@@ -133,7 +133,7 @@ class Client:
 
     def _follow(self, events: WebSocket, prompt_id: str, end: float, progress: Progress) -> dict[str, float]:
         """Read events until the run has ended; returns the seconds of each node."""
-        clock = _NodeClock(prompt_id, progress)
+        clock, filed = _NodeClock(prompt_id, progress), False
         while time.monotonic() < end:
             try:
                 text = events.read()
@@ -142,9 +142,12 @@ class Client:
                 raise
             if text is not None:
                 clock.hear(json.loads(text))
+            elif filed:  # the run is over and its last event has not come
+                clock.stop()
             else:
                 self.alive()
-            if clock.ended or (text is None and self.history(prompt_id)):
+                filed = self.history(prompt_id) is not None
+            if clock.ended:
                 return clock.seconds
         raise TimeoutError(f"run {prompt_id} has not ended in time")
 
@@ -177,8 +180,12 @@ class _NodeClock:
         elif kind == "progress" and data.get("max"):
             self._progress(str(data.get("node")), data["value"] / data["max"])
         elif kind in ("execution_success", "execution_error", "execution_interrupted"):
-            self._switch(None)
-            self.ended = True
+            self.stop()
+
+    def stop(self) -> None:
+        """The run is over: the node that ran until now has its time."""
+        self._switch(None)
+        self.ended = True
 
     def _switch(self, node: str | None) -> None:
         now = time.monotonic()
