@@ -1,6 +1,7 @@
 """The synthetic world, its captions and its detector, and the loop that trains on it."""
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -116,7 +117,7 @@ def test_orthogonalise_gives_singular_values_near_one():
     assert values.min() > 0.6 and values.max() < 1.3
 
 
-def _regression() -> tuple[nn.Module, object]:
+def _regression() -> tuple[nn.Module, Callable[[int], torch.Tensor]]:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
 
@@ -130,7 +131,7 @@ def _regression() -> tuple[nn.Module, object]:
 def test_training_resumes_bit_for_bit_and_learns(tmp_path):
     module, loss = _regression()
     before = loss(10_000).item()
-    whole = train("x", module, loss, LoopConfig(steps=60, ema=0.9, save_every=20), tmp_path / "whole")  # type: ignore[arg-type]
+    whole = train("x", module, loss, LoopConfig(steps=60, ema=0.9, save_every=20), tmp_path / "whole")
     assert loss(10_000).item() < 0.7 * before
 
     class Stop(Exception):
@@ -141,11 +142,11 @@ def test_training_resumes_bit_for_bit_and_learns(tmp_path):
     def stopping(step: int) -> torch.Tensor:
         if step == 33:
             raise Stop
-        return loss(step)  # type: ignore[operator]
+        return loss(step)
 
     with pytest.raises(Stop):
         train("x", module, stopping, LoopConfig(steps=60, ema=0.9, save_every=20), tmp_path / "parts")
     module, loss = _regression()
-    resumed = train("x", module, loss, LoopConfig(steps=60, ema=0.9, save_every=20), tmp_path / "parts")  # type: ignore[arg-type]
+    resumed = train("x", module, loss, LoopConfig(steps=60, ema=0.9, save_every=20), tmp_path / "parts")
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name

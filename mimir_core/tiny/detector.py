@@ -39,7 +39,7 @@ def blobs(frame: np.ndarray) -> list[Blob]:
     """The shapes of one frame (H, W, 3) in 0..1, largest first."""
     top = frame.max(-1)
     saturation = (top - frame.min(-1)) / np.maximum(top, 1e-3)
-    labels, number = ndimage.label((saturation > _SATURATION) & (top > _VALUE))
+    labels, number = ndimage.label((saturation > _SATURATION) & (top > _VALUE))  # type: ignore[misc]
     found = []
     for index in range(1, number + 1):
         for mask, colour in _split_colours(frame, labels == index):

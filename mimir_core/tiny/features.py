@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLCogVideoX
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from ..phi import Phi3ForCausalLM
 from ..text import PhiTokenizer, T5Encoder
 from .captions import canonical, caption
 from .corpus import vary
+from .vae_train import Vae
 from .world import random_scene, render, stage
 
 SHARD = 1000
@@ -52,7 +52,7 @@ def make_shard(
     path: Path,
     index: int,
     seed: int,
-    vae: AutoencoderKLCogVideoX,
+    vae: Vae,
     t5: T5Encoder,
     phi: Phi3ForCausalLM,
     tokenizer: PhiTokenizer,
@@ -83,7 +83,7 @@ def make_shard(
 
 
 @torch.no_grad()
-def _encode(vae: AutoencoderKLCogVideoX, stagings: list) -> Tensor:
+def _encode(vae: Vae, stagings: list) -> Tensor:
     video = render(stagings).to(vae.device)
     with torch.autocast(video.device.type, torch.bfloat16):
         return vae.encode(video).latent_dist.mean.float().cpu()

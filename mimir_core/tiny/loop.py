@@ -13,10 +13,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class Optimisers:
         chosen = {id(p) for p in matrices}
         others = [p for _, p in named if id(p) not in chosen]
         self.config = config
-        self.parts = [Muon(matrices, config.muon_rate)] if matrices else []
+        self.parts: list[torch.optim.Optimizer] = [Muon(matrices, config.muon_rate)] if matrices else []
         if others:
             self.parts.append(
                 torch.optim.AdamW(others, config.adam_rate, betas=(0.9, 0.98), weight_decay=0.0)
@@ -140,13 +143,13 @@ def learning_rate_share(step: int, config: LoopConfig) -> float:
 
 def train(
     name: str,
-    module: nn.Module,
+    module: M,
     loss: Callable[[int], Tensor],
     config: LoopConfig,
     folder: Path,
     seed: int = 0,
     report: Callable[[], str] = lambda: "",
-) -> nn.Module:
+) -> M:
     """Trains `module` until `config.steps`, resuming from `folder/name` when there is a checkpoint.
 
     `loss(step)` draws its own batch from the step number and returns a scalar. Returns the module, holding

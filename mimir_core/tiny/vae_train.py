@@ -9,24 +9,18 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor
 
+from ..vae import VAE_PRESETS, build_vae
 from .loop import LoopConfig, train
 from .world import random_scene, render, stage
 
-VAE_CONFIG = {
-    "block_out_channels": (16, 32, 32, 64),
-    "layers_per_block": 1,
-    "latent_channels": 16,
-    "norm_num_groups": 4,
-    "down_block_types": ("CogVideoXDownBlock3D",) * 4,
-    "up_block_types": ("CogVideoXUpBlock3D",) * 4,
-    "sample_height": 64,
-    "sample_width": 64,
-}
+Vae = Any  # AutoencoderKLCogVideoX, whose methods' types allow for results that ours never ask for
+
+VAE_CONFIG = VAE_PRESETS["tiny"]
 IMAGES = LoopConfig(steps=500, muon_rate=0.01, adam_rate=2e-3, final=0.4)
 CLIPS = LoopConfig(steps=1200, muon_rate=0.01, adam_rate=2e-3, final=0.1, flat=0.6, ema=0.98, save_every=100)
 DECODER = LoopConfig(steps=2000, muon_rate=0.006, adam_rate=1e-3, ema=0.995, save_every=100)
@@ -61,7 +55,7 @@ class VaeTraining:
     def __init__(self, seed: int, device: str = "cpu") -> None:
         torch.manual_seed(seed)
         self.seed, self.device = seed, device
-        self.vae = AutoencoderKLCogVideoX(**VAE_CONFIG).to(device)
+        self.vae: Vae = build_vae(VAE_CONFIG).to(device)
         self.quality = 0.0
 
     def _autoencode(self, video: Tensor) -> Tensor:
@@ -98,7 +92,7 @@ class VaeTraining:
         return weighted_error(output, video)
 
 
-def train_vae(folder: Path, seed: int = 0, device: str = "cpu") -> AutoencoderKLCogVideoX:
+def train_vae(folder: Path, seed: int = 0, device: str = "cpu") -> Vae:
     """Single frames, then clips. Writes checkpoints into `folder`; returns the network with a settled
     encoder.
     """
@@ -108,7 +102,7 @@ def train_vae(folder: Path, seed: int = 0, device: str = "cpu") -> AutoencoderKL
     return whiten(training.vae.eval(), seed)
 
 
-def train_decoder(training: VaeTraining, folder: Path) -> AutoencoderKLCogVideoX:
+def train_decoder(training: VaeTraining, folder: Path) -> Vae:
     """The decoder on noisy latents, the encoder as it is."""
     training.vae.encoder.requires_grad_(False)
     return train(
@@ -117,7 +111,7 @@ def train_decoder(training: VaeTraining, folder: Path) -> AutoencoderKLCogVideoX
 
 
 @torch.no_grad()
-def whiten(vae: AutoencoderKLCogVideoX, seed: int) -> AutoencoderKLCogVideoX:
+def whiten(vae: Vae, seed: int) -> Vae:
     """Gives every latent channel unit standard deviation by rescaling weights; what the VAE reconstructs is
     unchanged.
 
@@ -144,7 +138,7 @@ def latent_scale(latents: Tensor) -> float:
     return round(1 / float(latents.float().std()), 4)
 
 
-def preview_factors(vae: AutoencoderKLCogVideoX, scale: float, seed: int) -> dict[str, list]:
+def preview_factors(vae: Vae, scale: float, seed: int) -> dict[str, list]:
     """RGB in -1..1 of a scaled latent pixel as an affine map, by least squares: {"factors": (16, 3), "bias":
     (3,)}.
     """

@@ -127,12 +127,13 @@ def _draw(rng: random.Random, kind: str) -> Scene:
 
 def stage(scene: Scene, rng: random.Random) -> Staging:
     """Chooses places, sizes and background greys for a scene."""
-    number = len(scene.things) if len(scene.things) > 1 else scene.count
+    things = scene.things if len(scene.things) > 1 else scene.things * scene.count
+    motions, number = [t.motion for t in things], len(things)
     radius = {1: rng.uniform(10.0, 13.0), 2: rng.uniform(8.5, 10.5), 3: rng.uniform(7.5, 8.5)}[number]
-    motions = [t.motion for t in scene.things] if len(scene.things) > 1 else [scene.things[0].motion] * number
     travel = {1: rng.uniform(20.0, 28.0), 2: rng.uniform(14.0, 18.0), 3: 10.0}[number]
-    centres = _centres(scene, number, radius, travel, rng)
-    starts, ends = zip(*(_path(c, m, travel) for c, m in zip(centres, motions, strict=True)), strict=True)
+    centres = _centres(scene, motions, radius, travel, rng)
+    paths = [_path(c, m, travel) for c, m in zip(centres, motions, strict=True)]
+    starts, ends = tuple(p[0] for p in paths), tuple(p[1] for p in paths)
     ground = rng.uniform(0.72, 0.92) if scene.light != "steady" else rng.uniform(0.35, 0.92)
     second = ground if rng.random() < 0.5 else min(0.95, max(0.30, ground + rng.uniform(-0.15, 0.15)))
     return Staging(scene, starts, ends, radius, (ground, second), rng.uniform(0.3, 0.7) * SIZE)
@@ -147,24 +148,18 @@ def _path(
 
 
 def _centres(
-    scene: Scene, number: int, radius: float, travel: float, rng: random.Random
+    scene: Scene, motions: list[str], radius: float, travel: float, rng: random.Random
 ) -> list[tuple[float, float]]:
     """Centres of the paths: inside the picture with their motion, apart from one another, obeying the
     relation.
     """
-    moving = (
-        [t.motion for t in scene.things][:1] * number
-        if len(scene.things) == 1
-        else [t.motion for t in scene.things]
-    )
     gap = 2 * radius + 5.0
     for _ in range(1000):
-        spots = [_spot(m, radius, travel, rng) for m in moving]
+        spots = [_spot(m, radius, travel, rng) for m in motions]
         if scene.relation is not None:
             spots[1] = _related(spots[0], scene.relation, gap, rng)
-        if all(_inside(s, m, radius, travel) for s, m in zip(spots, moving, strict=True)) and _apart(
-            spots, moving, gap, travel
-        ):
+        inside = all(_inside(s, m, radius, travel) for s, m in zip(spots, motions, strict=True))
+        if inside and _apart(spots, motions, gap, travel):
             return spots
     raise AssertionError(f"no staging found for {scene.key()}")
 
