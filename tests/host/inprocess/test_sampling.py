@@ -306,3 +306,27 @@ def test_fitted_preview_comes_from_the_files_header(load, tmp_path):
     )
     latent = host_model.load_dit(tmp_path / "x.safetensors").model.latent_format
     assert latent.latent_rgb_factors == preview["factors"] and latent.latent_rgb_factors_bias[0] == 0.5
+
+
+def test_a_fused_window_holds_for_its_part_of_the_steps(load):
+    """Token Fuser with start 0.25 and end 0.75: twenty tokens in the middle, T5 alone outside."""
+    from mimir_pack.nodes.host.fuser import _in_window
+
+    _, model = load("5b")
+    joined = torch.cat((prompt_embeds(), prompt_embeds(4, seed=9)), dim=1)
+    positive = _in_window(joined, prompt_embeds(), {"pooled_output": None}, (0.25, 0.75))
+    lengths: list[int] = []
+
+    def watch(executor: Any, x: Any, t: Any, context: torch.Tensor, *rest: Any) -> Any:
+        if not torch.equal(context[:1], negative):
+            lengths.append(context.shape[1])
+        return executor(x, t, context, *rest)
+
+    negative = torch.zeros(1, 16, references.TEXT_WIDTH)
+    watched = model.clone()
+    watched.add_wrapper_with_key("diffusion_model", "test", watch)
+    with torch.inference_mode():
+        host_nodes.common_ksampler(
+            watched, SEED, 8, 1.0, "euler", "simple", positive, conditioning(negative), empty()
+        )
+    assert lengths == [16, 16, 20, 20, 20, 20, 16, 16]

@@ -85,3 +85,14 @@ def test_every_output_is_known_to_the_hosts_memory_management(parts):
     from comfy.model_patcher import ModelPatcher
 
     assert all(isinstance(part, ModelPatcher) or isinstance(part.patcher, ModelPatcher) for part in parts)
+
+
+def test_five_thousand_words_work_and_both_nodes_say_what_was_cut(parts):
+    _, t5, phi, _, _ = parts
+    text = "a red circle moves left " * 1000
+    with torch.inference_mode():
+        short = nodes.MimirT5Encode.EXECUTE_NORMALIZED(clip=t5, text=text)
+        long = nodes.MimirPhiEncode.EXECUTE_NORMALIZED(clip=phi, text=text, **{**READ, "answer_length": 0})
+    assert "too long for T5: the last" in short.ui.value and short.result[0][0][0].shape[1] == 64
+    assert "The prompt was too long for it: it read up to '..." in long.ui.value
+    assert torch.isfinite(long.result[0].query).all()
