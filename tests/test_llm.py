@@ -68,7 +68,7 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-# Where the rotary factors change: 10 tokens are shared, the prompt's turn has 12, with an instruction 20 to 28.
+# Where the rotary factors change. 10 tokens are shared; the plain turn has 12, one with an instruction 20-28.
 BORDERS = {
     "nowhere": 2048,
     "within the instructions": 23,
