@@ -107,7 +107,7 @@ def instruction_answers(scene: Scene) -> tuple[str, str, str, str]:
     if len(things) == 2:
         number = " and ".join(f"one {t.shape}" for t in things)
     else:
-        number = {1: "one ", 2: "two ", 3: "three "}[scene.count] + _plural(things[0].shape, scene.count)
+        number = {1: "one ", 2: "two ", 3: "three "}[scene.count] + plural(things[0].shape, scene.count)
     colours = " and ".join(f"{t.shape} {t.colour}" for t in things)
     relation = f"{things[0].shape} {scene.relation} {things[1].shape}" if scene.relation else "none"
     motion = (
@@ -123,13 +123,13 @@ def _pick(words: Words, key: str, style: str, rng: random.Random) -> str:
     return entry if isinstance(entry, str) else rng.choice(entry)
 
 
-def _plural(noun: str, count: int) -> str:
+def plural(noun: str, count: int) -> str:
     if count == 1:
         return noun
     return noun + ("es" if noun.endswith(("x", "s")) else "s")
 
 
-def _conjugate(verb: str, count: int) -> str:
+def conjugate(verb: str, count: int) -> str:
     if count == 1:
         return verb
     head, _, rest = verb.partition(" ")
@@ -137,15 +137,15 @@ def _conjugate(verb: str, count: int) -> str:
     return f"{head} {rest}".strip()
 
 
-def _article(phrase: str) -> str:
+def article(phrase: str) -> str:
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
 def _noun(thing: Thing, count: int, style: str, rng: random.Random) -> str:
     colour = _pick(COLOUR_WORDS, thing.colour, style, rng)
-    phrase = f"{colour} {_plural(_pick(SHAPE_WORDS, thing.shape, style, rng), count)}"
+    phrase = f"{colour} {plural(_pick(SHAPE_WORDS, thing.shape, style, rng), count)}"
     if count == 1:
-        return _article(phrase)
+        return article(phrase)
     return f"{_pick(COUNT_WORDS, str(count), style, rng)} {phrase}"
 
 
@@ -153,7 +153,7 @@ def _sentence(scene: Scene, style: str, rng: random.Random) -> str:
     first = scene.things[0]
     text = _noun(first, scene.count, style, rng)
     if first.motion != "still":
-        text += " " + _conjugate(_pick(MOTION_WORDS, first.motion, style, rng), scene.count)
+        text += " " + conjugate(_pick(MOTION_WORDS, first.motion, style, rng), scene.count)
     if len(scene.things) == 2:
         link = _pick(RELATION_WORDS, scene.relation, style, rng) if scene.relation else "and"
         text += f" {link} {_noun(scene.things[1], 1, style, rng)}"
@@ -181,7 +181,7 @@ def _long(scene: Scene, rng: random.Random) -> str:
         )
         parts.append(f"{link} {second}.")
     if first.motion != "still":
-        verb = _conjugate(_pick(MOTION_WORDS, first.motion, style, rng), scene.count)
+        verb = conjugate(_pick(MOTION_WORDS, first.motion, style, rng), scene.count)
         if len(scene.things) == 2:
             subject = f"The {_pick(SHAPE_WORDS, first.shape, style, rng)}"
         parts.append(f"{subject} {verb}.")

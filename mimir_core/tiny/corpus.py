@@ -22,12 +22,12 @@ from .captions import (
     SHAPE_WORDS,
     TRAINING_STYLES,
     Words,
-    _article,
-    _conjugate,
-    _plural,
+    article,
     canonical,
     caption,
+    conjugate,
     instruction_answers,
+    plural,
 )
 from .world import Scene, Thing, random_scene
 
@@ -124,7 +124,7 @@ def wide_caption(scene: Scene, rng: random.Random) -> str:
     first = scene.things[0]
     text = _wide_noun(first, scene.count, rng)
     if first.motion != "still":
-        text += " " + _conjugate(_wide(MOTION_WORDS, first.motion, rng), scene.count)
+        text += " " + conjugate(_wide(MOTION_WORDS, first.motion, rng), scene.count)
     if len(scene.things) == 2:
         link = (
             _wide(RELATION_WORDS, scene.relation, rng)
@@ -143,10 +143,8 @@ def wide_caption(scene: Scene, rng: random.Random) -> str:
 
 
 def _wide_noun(thing: Thing, count: int, rng: random.Random) -> str:
-    phrase = (
-        f"{_wide(COLOUR_WORDS, thing.colour, rng)} {_plural(_wide(SHAPE_WORDS, thing.shape, rng), count)}"
-    )
-    return _article(phrase) if count == 1 else f"{_wide(COUNT_WORDS, str(count), rng)} {phrase}"
+    phrase = f"{_wide(COLOUR_WORDS, thing.colour, rng)} {plural(_wide(SHAPE_WORDS, thing.shape, rng), count)}"
+    return article(phrase) if count == 1 else f"{_wide(COUNT_WORDS, str(count), rng)} {phrase}"
 
 
 def _wide(words: Words, key: str, rng: random.Random) -> str:
@@ -179,8 +177,8 @@ def vary(text: str, rng: random.Random) -> str:
     if rng.random() < 0.4:
         text = re.sub(r"[a-z]+", lambda m: gerund(m[0]) if m[0] in _VERBS else m[0], text)
     if rng.random() < 0.3:
-        article = rng.choice(("the ", "", "one "))
-        text = re.sub(r"\b[Aa]n? (?!pair|trio|couple|triad)", article, text)
+        word = rng.choice(("the ", "", "one "))
+        text = re.sub(r"\b[Aa]n? (?!pair|trio|couple|triad)", word, text)
     if rng.random() < 0.15:
         text = rng.choice(("a video of ", "video: ", "show me ", "a clip of ", "please draw ")) + text
     if rng.random() < 0.15:
