@@ -231,9 +231,16 @@ def test_offered_downloads_are_what_the_loaders_name(workflow: dict[str, Any]) -
         assert sorted(named) == sorted(m["name"] for m in node["properties"].get("models", ()))
 
 
-def test_every_template_explains_itself_and_takes_one_prompt(workflow: dict[str, Any]) -> None:
-    kinds = [node["type"] for node in workflow["nodes"]]
-    assert "MarkdownNote" in kinds
-    assert kinds.count("PrimitiveStringMultiline") == 1, "the prompt is typed once"
-    prompt = next(n for n in workflow["nodes"] if n["type"] == "PrimitiveStringMultiline")
-    assert prompt["title"] == "Prompt" and len(prompt["outputs"][0]["links"]) == 2
+def test_every_template_explains_itself(workflow: dict[str, Any]) -> None:
+    assert any(node["type"] == "MarkdownNote" for node in workflow["nodes"])
+
+
+def test_each_prompt_is_typed_once(workflow: dict[str, Any]) -> None:
+    """One text feeds T5 and Phi-3.5; the two lanes end in the sampler's two inputs."""
+    texts = {n["title"]: n for n in workflow["nodes"] if n["type"] == "PrimitiveStringMultiline"}
+    assert set(texts) == {"Prompt", "Negative prompt"}
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    targets = {link[0]: nodes[link[3]]["type"] for link in workflow["links"]}
+    for text in texts.values():
+        reached = sorted(targets[number] for number in text["outputs"][0]["links"])
+        assert reached == ["MimirPhiEncode", "MimirT5Encode"]
