@@ -25,12 +25,11 @@ from ...mimir_core.diffusion import alphas_cumprod
 from ...mimir_core.dit import CogVideoXTransformer
 from .attention import host_attention, log_choice
 from .latent import MimirLatent
-from .patcher import core_patcher
+from .patcher import core_patcher, plain_weights
 
 KEY = "mimir"
-ZERO_SNR = (
-    4.8973451890853435e-08  # the host's stand-in for a signal of exactly zero, whose sigma would be infinite
-)
+# The host's stand-in for a signal of exactly zero, whose sigma would be infinite.
+ZERO_SNR = 4.8973451890853435e-08
 
 # What a MODEL may be stored in: name in the combo -> (weight dtype, None for automatic; fp8 matrix products).
 DTYPES: dict[str, tuple[torch.dtype | None, bool]] = {
@@ -53,7 +52,7 @@ def load_dit(
     also that of the host's reload factory (`cached_patcher_init`).
     """
     source = weights.read_transformer(path)
-    state = _plain(source.state)
+    state = plain_weights(source.state)
     log_choice()
     config = _host_config(source.config, source.diffusion, dtype, state)
     config.latent_format = MimirLatent(source.diffusion.latent_scale, source.header.get("preview"))
@@ -62,10 +61,8 @@ def load_dit(
     patcher = patcher_class(
         model, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
     )
-    known = inspect.signature(model.load_model_weights).parameters
-    model.load_model_weights(
-        source.state, "", **({"assign": patcher.is_dynamic()} if "assign" in known else {})
-    )
+    assigns = "assign" in inspect.signature(model.load_model_weights).parameters  # 0.33
+    model.load_model_weights(state, "", **({"assign": patcher.is_dynamic()} if assigns else {}))
     patcher.cached_patcher_init = (load_dit, (path, dtype))
     if source.config.patch_size_t:
         patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, pad_frames(source.config.patch_size_t))
@@ -220,13 +217,6 @@ class _Config(comfy.supported_models_base.BASE):
     unet_config: dict[str, Any] = {}
     unet_extra_config: dict[str, Any] = {}
     supported_inference_dtypes = [torch.bfloat16, torch.float16, torch.float32]
-
-
-def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Scaled fp8 weights as bfloat16: the host would otherwise read them without their scales."""
-    if any(weights.quantised(name) for name in state):
-        return weights.dequantised(state, torch.bfloat16)
-    return dict(state)
 
 
 def _host_config(

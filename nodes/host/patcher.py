@@ -1,6 +1,7 @@
 """Building the host's CLIP and patchers, where the host's versions differ."""
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import comfy.model_management as management
@@ -9,6 +10,8 @@ import comfy.sd
 import comfy.utils
 import torch
 from torch import Tensor, nn
+
+from ...mimir_core import weights
 
 
 def core_patcher() -> type[comfy.model_patcher.ModelPatcher]:
@@ -25,6 +28,13 @@ def module_patcher(module: nn.Module) -> comfy.model_patcher.ModelPatcher:
         "offload_device": management.unet_offload_device(),
     }
     return core_patcher()(module, **devices)
+
+
+def plain_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scaled fp8 weights as bfloat16: networks of ours would read them without their scales."""
+    if any(weights.quantised(name) for name in state):
+        return weights.dequantised(state, torch.bfloat16)
+    return dict(state)
 
 
 def build_clip(

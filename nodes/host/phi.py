@@ -19,7 +19,7 @@ from ...mimir_core.phi import Phi3ForCausalLM
 from ...mimir_core.text import PhiTokenizer
 from ...mimir_core.tokens import LlmTokens
 from .attention import text_attention
-from .patcher import build_clip
+from .patcher import build_clip, plain_weights
 from .report import progress, require_finite
 
 NAME = "phi"
@@ -38,11 +38,10 @@ def load_phi(path: Path, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     The weights keep the dtype they have on disk. ValueError, in one sentence, when it is something else.
     """
     source = weights.read_phi(path)
+    state = plain_weights(source.state)
     tokenizer = PhiTokenizer.from_folder(path if path.is_dir() else path.parent)
     target = ClipTarget(partial(PhiTokens, tokenizer), partial(PhiModel, source.config, tokenizer.stop_ids))
-    clip = build_clip(
-        target, dict(source.state), disable_dynamic, dtype=next(iter(source.state.values())).dtype
-    )
+    clip = build_clip(target, state, disable_dynamic, dtype=next(iter(state.values())).dtype)
     clip.patcher.cached_patcher_init = (_reload, (path,))
     return clip
 
@@ -69,7 +68,8 @@ def encode(
         raise ValueError(NOT_PHI)
     network: PhiModel = clip.cond_stage_model
     device = clip.patcher.load_device
-    management.load_models_gpu([clip.patcher], memory_required=_memory(network.config, answer_tokens))
+    expected = len(prompt) // 3 + answer_tokens  # tokens, roughly
+    management.load_models_gpu([clip.patcher], memory_required=_memory(network.config, expected))
     tokens = encode_prompt(
         network.phi,
         clip.tokenizer.tokenizer,
@@ -108,10 +108,10 @@ def compute_dtype(network: "PhiModel", device: torch.device) -> torch.dtype:
     return torch.bfloat16 if large and management.should_use_bf16(device) else torch.float32
 
 
-def _memory(config: PhiConfig, answer_tokens: int) -> int:
-    """Bytes besides the weights: keys and values of 1024 prompt tokens and the answer, and the scores."""
-    tokens = 1024 + answer_tokens
-    return tokens * (4 * config.num_hidden_layers * config.hidden_size + config.vocab_size) * 2
+def _memory(config: PhiConfig, tokens: int) -> int:
+    """Bytes besides the weights: keys, values and hidden states of every layer, in 32 bit, and the mask."""
+    tokens += 512  # template and instructions
+    return 4 * tokens * (3 * config.num_hidden_layers * config.hidden_size + tokens)
 
 
 class PhiTokens:

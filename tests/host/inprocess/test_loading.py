@@ -130,6 +130,28 @@ def test_every_dtype_loads_and_predicts_alike(models, dtype):
     assert ((found - exact).norm() / exact.norm()).item() < limit
 
 
+def test_scaled_fp8_transformer_is_read_with_its_scales(models, tmp_path):
+    from mimir_pack.mimir_core.weights import read_transformer
+
+    source = read_transformer(models / "right" / "dit")
+    state, plain = {}, dict(source.state)
+    for name, tensor in source.state.items():
+        if ".attn1.to_" not in name or name.endswith("bias"):
+            state[name] = tensor
+            continue
+        scale = tensor.abs().max() / 300
+        state[name] = (tensor / scale).to(torch.float8_e4m3fn)
+        state[name.replace(".weight", ".scale_weight")] = scale
+        plain[name] = (state[name].float() * scale).to(torch.bfloat16).float()
+    save_file(state, tmp_path / "scaled.safetensors")
+    (tmp_path / "config.json").write_text((models / "right" / "dit" / "config.json").read_text())
+    exact = host_model.load_dit(models / "right" / "dit", "float32")
+    found = host_model.load_dit(tmp_path / "scaled.safetensors", "float32")
+    loaded = dict(found.model.diffusion_model.state_dict())
+    assert all(torch.allclose(loaded[name], tensor, atol=1e-2) for name, tensor in plain.items())
+    assert ((_predict(found) - _predict(exact)).norm() / _predict(exact).norm()).item() < 0.3
+
+
 def _predict(patcher: Any) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(1, 16, 3, 8, 8, generator=generator)
