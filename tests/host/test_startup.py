@@ -11,7 +11,6 @@ import psutil
 import pytest
 
 from launcher.client import Client
-from launcher.comfyui import Comfy
 from launcher.server import PACK_FOLDER, Server
 
 ROOT = Path(__file__).resolve().parents[2]

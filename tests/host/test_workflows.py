@@ -25,7 +25,7 @@ from .inprocess import references
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = {path.stem: path for path in sorted((ROOT / "workflows").glob("*.json"))}
 PHI_FOLDER = "Phi-3.5-mini-instruct"
-SMALL = {"width": 64, "height": 64, "frames": 9, "steps": 3, "answer_length": 4}
+SMALL: dict[str, Any] = {"width": 64, "height": 64, "frames": 9, "steps": 3, "answer_length": 4}
 
 
 def read(name: str) -> Workflow:
@@ -58,7 +58,7 @@ def write_single_file(directory: str, path: Path) -> None:
 
 def narrow_vae() -> Any:
     """A VAE with the 32 groups of the published one, which a single file does not tell."""
-    from diffusers import AutoencoderKLCogVideoX
+    from diffusers.models.autoencoders.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
 
     torch.manual_seed(2)
     config = {**references.VAE, "block_out_channels": (32,) * 4, "norm_num_groups": 32}
