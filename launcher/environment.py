@@ -199,9 +199,9 @@ def probe(python: Path) -> dict[str, list[str] | bool]:
 
 
 def _note_accelerator(python: Path) -> None:
-    """Ask torch for a GPU once, and again when an NVIDIA GPU has come or gone."""
-    here = nvidia()
-    if "accelerator" in _stamp() and _stamp().get("nvidia") == here:
+    """Ask torch for a GPU once; again when an NVIDIA GPU has come or gone, and while torch cannot use it."""
+    here, stamp = nvidia(), _stamp()
+    if "accelerator" in stamp and stamp.get("nvidia") == here and (stamp["accelerator"] or not here):
         return
     with step("Looking for a GPU that PyTorch can use") as state:
         found = bool(probe(python)["accelerator"])
