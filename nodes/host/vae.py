@@ -124,10 +124,15 @@ def _dtypes(network: nn.Module) -> list[torch.dtype]:
 
 def decode(vae: comfy.sd.VAE, latents: Tensor, tiling: Tiling) -> tuple[Tensor, str]:
     """Latents (B, C, T, h, w) -> frames (B F, H, W, 3), and a sentence on how."""
-    needed = vae.memory_used_decode(latents.shape, vae.vae_dtype)
     if not isinstance(vae, CogVideoXVAE):
         frames = vae.decode_tiled(latents, 32, 32, 8) if tiling == "on" else vae.decode(latents)
         return frames.flatten(0, -4), "Decoded by another VAE than Mimir's."
+    if latents.ndim != 5 or latents.shape[1] != CHANNELS:
+        raise ValueError(
+            f"VAE Decode got a latent of shape {tuple(latents.shape)}, but CogVideoX's have (batch, {CHANNELS}, "
+            "frames, height, width). Connect the latent of Mimir DiT Sampler, or the VAE that made this one."
+        )
+    needed = vae.memory_used_decode(latents.shape, vae.vae_dtype)
     tile = vae.tile if tiling == "on" or (tiling == "auto" and not vae.fits(needed)) else None
     frames = vae.decode(latents, vae_options={"tile": tile})  # the host falls back to decode_tiled_3d
     require_finite(frames, "VAE Decode", "Start ComfyUI with --fp32-vae, or choose the VAE of this model.")

@@ -95,6 +95,13 @@ def test_wrong_sizes_are_refused_with_the_nearest(pair, run_node):
         run_node(MimirVAEEncode, vae=vae, image=torch.zeros(10, 48, 64, 3), tiling="off")
 
 
+def test_latents_of_another_model_are_refused_in_a_sentence(pair, run_node):
+    _, vae = pair
+    for shape in ((1, 4, 3, 8, 8), (1, 16, 8, 8)):
+        with pytest.raises(ValueError, match="CogVideoX's have .batch, 16, frames, height, width"):
+            run_node(MimirVAEDecode, vae=vae, latent=z_dict(torch.zeros(shape)), tiling="auto")
+
+
 def test_out_of_memory_falls_back_to_tiles_and_says_so(pair, monkeypatch):
     reference, vae = pair
     original = vae.first_stage_model.decode
