@@ -109,8 +109,10 @@ def _take(name: str, spec: list[Any], values: Iterator[Any], inputs: dict[str, A
 
 def _default(kind: Any, options: dict[str, Any]) -> Any:
     """What the page puts where a saved workflow says nothing: the default, or the first choice of a combo."""
-    choices = kind if isinstance(kind, list) else options.get("options")
-    return options.get("default", choices[0] if choices and kind != DYNAMIC_COMBO else None)
+    choices: list[Any] = kind if isinstance(kind, list) else options.get("options") or []
+    if kind == DYNAMIC_COMBO:
+        choices = [choice["key"] for choice in choices]
+    return options.get("default", choices[0] if choices else None)
 
 
 def _has_companion(name: str, kind: Any, options: dict[str, Any]) -> bool:
