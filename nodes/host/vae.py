@@ -129,7 +129,7 @@ def decode(vae: comfy.sd.VAE, latents: Tensor, tiling: Tiling) -> tuple[Tensor, 
         return frames.flatten(0, -4), "Decoded by another VAE than Mimir's."
     if latents.ndim != 5 or latents.shape[1] != CHANNELS:
         raise ValueError(
-            f"VAE Decode got a latent of shape {tuple(latents.shape)}, but CogVideoX's have (batch, {CHANNELS}, "
+            f"VAE Decode got the shape {tuple(latents.shape)}, but CogVideoX's have (batch, {CHANNELS}, "
             "frames, height, width). Connect the latent of Mimir DiT Sampler, or the VAE that made this one."
         )
     needed = vae.memory_used_decode(latents.shape, vae.vae_dtype)
