@@ -37,7 +37,9 @@ def load_t5(path: Path, length: int = TEXT_LENGTH, disable_dynamic: bool = False
     own = path if path.is_dir() else path.parent
     folder = HOST_TOKENIZER if source.config == T5_PRESETS["xxl"] else own
     state = dict(source.state)
-    state.setdefault("shared.weight", state.pop("encoder.embed_tokens.weight", None))
+    embedding = state.pop("encoder.embed_tokens.weight", None)  # the same tensor under its second name
+    if embedding is not None:
+        state.setdefault("shared.weight", embedding)
     state, options = _quantisation(state, source.header)
     tokens = partial(T5Tokens, load_tokenizer(folder), length)
     target = ClipTarget(tokens, partial(T5Model, source.config, options))
