@@ -8,6 +8,7 @@ shards can be made in any order or by several processes.
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,25 +22,24 @@ from ..text import PhiTokenizer, T5Encoder
 from .captions import canonical, caption
 from .corpus import vary
 from .vae_train import Vae
-from .world import random_scene, render, stage
+from .world import Staging, random_scene, render, stage
 
 SHARD = 1000
 CAPTIONS = 2  # per clip: one simple, one seen or long
 TEXT_LENGTH = 64
+LITTLE_WORDS = {"a", "an", "the", "of", "to", "and", "is", "it", "in", "on", "with", "there", "they", "we"}
 
 
 @dataclass(frozen=True)
 class Features:
-    """N clips. Latents (N, 16, 3, 8, 8) unscaled; per caption t5 (N, 2, 64, 96), llm (N, 2, 64, 128)
-    zero-padded with `length` (N, 2) real tokens, instruction (N, 2, 4, 128). float16 on disk and in
-    memory.
-    """
+    """N clips with two captions each: a simple one, and a seen or long one. float16 on disk and in memory."""
 
-    latents: Tensor
-    t5: Tensor
-    llm: Tensor
-    length: Tensor
-    instruction: Tensor
+    latents: Tensor  # (N, 16, 3, 8, 8), unscaled
+    t5: Tensor  # (N, 2, 64, 96)
+    t5_doubtful: Tensor  # (N, 2, 64, 96), of the same captions with words that T5 never read
+    llm: Tensor  # (N, 2, 64, 128), padded with zeros
+    length: Tensor  # (N, 2), real tokens in llm
+    instruction: Tensor  # (N, 2, 4, 128)
 
     @classmethod
     def load(cls, folder: Path, shards: int) -> Features:
@@ -61,25 +61,61 @@ def make_shard(
     """Writes one shard, unless it is there."""
     if path.exists():
         return
-    rng = random.Random(f"features/{seed}/{index}")
-    scenes = [random_scene(rng) for _ in range(clips)]
-    stagings = [stage(scene, rng) for scene in scenes]
+    stagings, texts, answers = draw(seed, index, clips)
     latents = torch.cat([_encode(vae, stagings[i : i + 20]) for i in range(0, clips, 20)])
-    texts, answers = [], []
-    for scene in scenes:
-        other = rng.choice(("seen", "seen", "long"))
-        texts += [caption(scene, "simple", rng), vary(caption(scene, other, rng), rng)]
-        answers += [canonical(scene)] * CAPTIONS
     found = [
         _text(texts[i : i + 50], answers[i : i + 50], t5, phi, tokenizer) for i in range(0, len(texts), 50)
     ]
     t5_tokens, llm, length, instruction = (torch.cat(column) for column in zip(*found, strict=True))
-    pairs = {"t5": t5_tokens, "llm": llm, "length": length, "instruction": instruction}
+    doubtful = doubtful_features(texts, t5, seed, index)
+    pairs = {
+        "t5": t5_tokens,
+        "llm": llm,
+        "length": length,
+        "instruction": instruction,
+        "t5_doubtful": doubtful,
+    }
     tensors = {"latents": latents, **{k: v.unflatten(0, (clips, CAPTIONS)) for k, v in pairs.items()}}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     save_file({k: v if k == "length" else v.half() for k, v in tensors.items()}, partial)
     partial.rename(path)
+
+
+def draw(seed: int, index: int, clips: int) -> tuple[list[Staging], list[str], list[str]]:
+    """The clips of one shard, their captions (two a clip) and what the language model answers to each."""
+    rng = random.Random(f"features/{seed}/{index}")
+    scenes = [random_scene(rng) for _ in range(clips)]
+    stagings = [stage(scene, rng) for scene in scenes]
+    texts, answers = [], []
+    for scene in scenes:
+        other = rng.choice(("seen", "seen", "long"))
+        texts += [caption(scene, "simple", rng), vary(caption(scene, other, rng), rng)]
+        answers += [canonical(scene)] * CAPTIONS
+    return stagings, texts, answers
+
+
+def doubtful_features(texts: list[str], t5: T5Encoder, seed: int, index: int) -> Tensor:
+    """T5's tokens of the captions with invented words in them: (captions, 64, 96)."""
+    rng = random.Random(f"doubt/{seed}/{index}")
+    doubted = [invent_words(text, rng) for text in texts]
+    parts = [t5.encode(doubted[i : i + 50]).hidden.cpu() for i in range(0, len(texts), 50)]
+    return torch.cat(parts)
+
+
+def invent_words(text: str, rng: random.Random) -> str:
+    """`text` with a third to all of its words replaced by invented ones; little words stay.
+
+    "a red circle moves left" -> "a zopu circle vebari left"
+    """
+    share = rng.uniform(0.3, 1.0)
+
+    def replace(match: re.Match[str]) -> str:
+        if match[0].lower() in LITTLE_WORDS or rng.random() > share:
+            return match[0]
+        return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.randint(2, 3)))
+
+    return re.sub(r"[A-Za-z]+", replace, text)
 
 
 @torch.no_grad()

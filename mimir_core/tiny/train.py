@@ -6,7 +6,7 @@ Stages, each resumed where it stopped when the same command is run again:
     vae       frames, then clips
     features  latents and tokens of 16,000 captioned clips
     decoder   the VAE's decoder alone, on noisy latents (nothing below needs it; it may run beside `dit`)
-    dit       the baseline, then Mimir
+    dit       the baseline, then Mimir, then trust
     export    writes the parts as float16 safetensors
 
 One thread per process is fastest on a CPU with few cores; two processes may work on different stages.
@@ -66,7 +66,7 @@ def decoder_stage(folder: Path, seed: int, device: str, shards: int) -> None:
 
 
 def dit_stage(folder: Path, seed: int, device: str, shards: int) -> None:
-    """Baseline, then Mimir."""
+    """Baseline, Mimir, trust."""
     model = train_dit(_dit_training(folder, seed, device, shards), folder)
     save_file(model.state_dict(), folder / "mimir.safetensors")
 
