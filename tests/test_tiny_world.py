@@ -1,6 +1,7 @@
 """The synthetic world, its captions and its detector, and the loop that trains on it."""
 
 import random
+import re
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from mimir_core.tiny.captions import STYLES, TRAINING_STYLES, caption
 from mimir_core.tiny.detector import blobs, judge
 from mimir_core.tiny.evaluate import load_prompts, make_prompts, rendered_truth, score
+from mimir_core.tiny.features import draw, invent_words
 from mimir_core.tiny.loop import LoopConfig, orthogonalise, train
 from mimir_core.tiny.world import FRAMES, KINDS, SIZE, Scene, Thing, random_scene, render, stage
 
@@ -102,6 +104,24 @@ def test_held_and_unread_words_never_caption_a_training_video():
         "up",
         "sets",
     }
+
+
+def test_features_of_a_shard_are_drawn_from_its_number_alone():
+    stagings, texts, answers = draw(0, 3, clips=20)
+    assert (stagings, texts, answers) == draw(0, 3, clips=20)
+    assert texts != draw(0, 4, clips=20)[1]
+    assert len(texts) == len(answers) == 40
+    assert not any(s.scene.held_out for s in stagings)
+
+
+def test_invented_words_replace_words_and_nothing_else():
+    rng = random.Random(11)
+    text = "A red circle moves left, it gets dark."
+    doubted = [invent_words(text, rng) for _ in range(200)]
+    assert all(re.sub("[A-Za-z]+", "", d) == re.sub("[A-Za-z]+", "", text) for d in doubted)
+    assert all(d.startswith("A ") and ", it " in d for d in doubted)
+    kept = [word in d.split() for d in doubted for word in ("red", "circle", "moves")]
+    assert 0.1 < sum(kept) / len(kept) < 0.6
 
 
 def test_prompts_are_fixed_and_the_detector_scores_their_truth():
