@@ -93,6 +93,8 @@ def check_python() -> None:
 
 def ensure(comfy: Comfy, tests: bool = False) -> Environment:
     """Install what is missing for this host (and for the tests) and describe the result."""
+    # The .venv is installed without bytecode: each module's is to be written when it is first imported.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     python = ensure_venv()
     with exclusive(CACHE / "install.lock"):
         _install(python, comfy, tests)
@@ -157,7 +159,7 @@ def _phase(python: Path, name: str, title: str, arguments: list[str], optional: 
 
 def pip(python: Path, arguments: list[str]) -> None:
     """`pip install`; raises Failure with the reason and what to do."""
-    # Without --no-compile pip compiles thousands of modules that nothing ever imports.
+    # Without --no-compile pip compiles thousands of modules that nothing ever imports; see `ensure`.
     flags = ["--quiet", "--disable-pip-version-check", "--no-compile"]
     command = [str(python), "-m", "pip", "install", *flags, *arguments]
     run = subprocess.run(command, capture_output=True, text=True, errors="replace")
