@@ -254,6 +254,9 @@ T5_PRESETS: dict[str, T5Config] = {
 }
 
 
+LLM_TOKENS = ("query+answer", "query", "answer")
+
+
 @dataclass(frozen=True)
 class FuserConfig:
     """Token Fuser. The switches are the rows of the paper's ablation (Table 3)."""
@@ -269,10 +272,13 @@ class FuserConfig:
     stabilizer_std: float = 0.02  # of e_l
     norm_eps: float = 1e-6
     llm_layer: int = -1  # which hidden state it reads; -1 is the last one, after the final norm
+    llm_tokens: str = "query+answer"  # or "query", or "answer": which positions e_beta is made of
 
     def __post_init__(self) -> None:
         if self.scale_init == 0:
             raise ValueError("scale_init is 0: before a zero convolution nothing would ever train; use 0.1")
+        if self.llm_tokens not in LLM_TOKENS:
+            raise ValueError(f"llm_tokens is {self.llm_tokens!r}, expected one of {', '.join(LLM_TOKENS)}")
         if self.stabilizer and self.num_instructions < 1:
             raise ValueError(f"num_instructions is {self.num_instructions}, the stabilizer needs at least 1")
 

@@ -86,7 +86,8 @@ def condition(models: Any, prompt: str, strength: float, max_answer_tokens: int)
     if models.fuser is not None and strength != 0:
         tokens = encode_prompt(models.phi, models.phi_tokenizer, prompt, max_answer_tokens=max_answer_tokens)
         like = {"device": target.device, "dtype": next(models.fuser.parameters()).dtype}
-        llm, instruction = tokens.sequence().to(**like), tokens.instruction.to(**like)
+        llm = tokens.sequence(models.fuser.config.llm_tokens).to(**like)
+        instruction = tokens.instruction.to(**like)
         text = models.fuser(text.to(**like), llm, instruction, strength=strength)
     return text.to(target.dtype)
 

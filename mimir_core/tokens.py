@@ -25,6 +25,6 @@ class LlmTokens:
         if found != expected:
             raise ValueError(f"hidden states for {found} (tokens, instructions), but {expected} are named")
 
-    def sequence(self) -> Tensor:
-        """(B, Lq + La, D): query tokens, then answer tokens."""
-        return torch.cat((self.query, self.answer), dim=1)
+    def sequence(self, parts: str = "query+answer") -> Tensor:
+        """(B, L, D): query tokens then answer tokens, or one kind (`parts` is FuserConfig.llm_tokens)."""
+        return torch.cat([getattr(self, part) for part in parts.split("+")], dim=1)

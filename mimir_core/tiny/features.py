@@ -39,6 +39,7 @@ class Features:
     t5_doubtful: Tensor  # (N, 2, 64, 96), of the same captions with words that T5 never read
     llm: Tensor  # (N, 2, 64, 128), padded with zeros
     length: Tensor  # (N, 2), real tokens in llm
+    query: Tensor  # (N, 2), how many of them are query tokens; the others are the answer's
     instruction: Tensor  # (N, 2, 4, 128)
 
     @classmethod
@@ -66,7 +67,7 @@ def make_shard(
     found = [
         _text(texts[i : i + 50], answers[i : i + 50], t5, phi, tokenizer) for i in range(0, len(texts), 50)
     ]
-    t5_tokens, llm, length, instruction = (torch.cat(column) for column in zip(*found, strict=True))
+    t5_tokens, llm, length, query, instruction = (torch.cat(column) for column in zip(*found, strict=True))
     doubtful = doubtful_features(texts, t5, seed, index)
     pairs = {
         "t5": t5_tokens,
@@ -78,7 +79,7 @@ def make_shard(
     tensors = {"latents": latents, **{k: v.unflatten(0, (clips, CAPTIONS)) for k, v in pairs.items()}}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file({k: v if k == "length" else v.half() for k, v in tensors.items()}, partial)
+    save_file({k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}, partial)
     partial.rename(path)
 
 
@@ -127,9 +128,11 @@ def _encode(vae: Vae, stagings: list) -> Tensor:
 
 def _text(
     texts: list[str], answers: list[str], t5: T5Encoder, phi: Phi3ForCausalLM, tokenizer: PhiTokenizer
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     tokens = encode_known(phi, tokenizer, texts, answers)
     sequences = [t.sequence()[0, :TEXT_LENGTH] for t in tokens]
     llm = torch.stack([torch.nn.functional.pad(s, (0, 0, 0, TEXT_LENGTH - len(s))) for s in sequences])
     length = torch.tensor([len(s) for s in sequences])
-    return t5.encode(texts).hidden.cpu(), llm.cpu(), length, torch.cat([t.instruction for t in tokens]).cpu()
+    query = torch.tensor([min(t.query.shape[1], TEXT_LENGTH) for t in tokens])
+    instruction = torch.cat([t.instruction for t in tokens])
+    return t5.encode(texts).hidden.cpu(), llm.cpu(), length, query, instruction.cpu()

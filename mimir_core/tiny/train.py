@@ -27,7 +27,7 @@ from ..config import DiffusionConfig, to_dict
 from ..llm import encode_prompt
 from ..phi import Phi3ForCausalLM
 from ..text import PhiTokenizer, T5Encoder
-from .dit_train import DitTraining, train_dit
+from .dit_train import DitTraining, read_answers, train_dit
 from .features import TEXT_LENGTH, Features, make_shard
 from .parts import WEIGHTS
 from .text_train import train_llm, train_t5, train_tokenizers
@@ -75,6 +75,7 @@ def export_stage(folder: Path, seed: int, device: str, shards: int, target: Path
     """Everything into `target`."""
     training = _dit_training(folder, seed, "cpu", shards)
     training.model.load_state_dict(load_file(folder / "mimir.safetensors"))
+    read_answers(training.model)
     vae = _vae(folder, seed, "cpu", "vae_final.safetensors")
     preview = preview_factors(vae, training.diffusion.latent_scale, seed)
     target.mkdir(parents=True, exist_ok=True)

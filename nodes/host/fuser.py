@@ -90,7 +90,7 @@ def fuse(
         return conditioning, IDENTITY_NOTE
     module = with_preset(fuser, preset)
     management.load_models_gpu([fuser.patcher])
-    llm, instruction = tokens.sequence(), tokens.instruction
+    llm, instruction = tokens.sequence(module.config.llm_tokens), tokens.instruction
     fused: list[Any] = []
     for text, options in conditioning:
         joined = _run(module, fuser.patcher.load_device, text, llm, instruction, strength)
