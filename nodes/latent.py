@@ -70,7 +70,11 @@ class MimirEmptyLatent(io.ComfyNode):
                 ),
                 widget(io.Int, "batch", default=1, min=1, max=64, tooltip="How many videos to make at once."),
             ],
-            outputs=[io.Latent.Output("latent", tooltip="Zeros, to be filled with noise by the sampler.")],
+            outputs=[
+                io.Latent.Output(
+                    "latent", display_name="LATENT", tooltip="Zeros, to be filled with noise by the sampler."
+                )
+            ],
             search_aliases=["cogvideox latent", "empty video"],
         )
 
