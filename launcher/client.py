@@ -18,6 +18,9 @@ from .websocket import WebSocket
 Prompt = dict[str, dict[str, Any]]  # node id -> {"class_type": ..., "inputs": ...}
 Progress = Callable[[str, float], None]  # (node id, part done 0..1)
 
+# The server is on this machine, which no proxy of http_proxy can reach.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
 
 @dataclass(frozen=True)
 class File:
@@ -73,7 +76,7 @@ class Client:
 
     def get_bytes(self, path: str, timeout: float = 30) -> bytes:
         """The body at `path`; raises urllib.error.HTTPError (an OSError) for anything but success."""
-        with urllib.request.urlopen(self.url + path, timeout=timeout) as response:
+        with _OPENER.open(self.url + path, timeout=timeout) as response:
             return response.read()
 
     def post(self, path: str, body: Any, timeout: float = 30) -> Any:
@@ -81,7 +84,7 @@ class Client:
         request = urllib.request.Request(
             self.url + path, data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
         )
-        with urllib.request.urlopen(request, timeout=timeout) as response:
+        with _OPENER.open(request, timeout=timeout) as response:
             text = response.read()
         return json.loads(text) if text else None
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import zipfile
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,34 @@ def test_a_failed_run_raises_the_nodes_own_words():
     }
     with pytest.raises(Failure, match=r"node 4 \(Fuse\) failed: not untrained, but wrong"):
         client.raise_if_failed(record, {})
+
+
+class Answering(BaseHTTPRequestHandler):
+    """Answers everything with an empty JSON object."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.do_GET()
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+def test_the_server_on_this_machine_is_reached_past_a_proxy(monkeypatch):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    with HTTPServer(("127.0.0.1", 0), Answering) as answering:
+        threading.Thread(target=answering.serve_forever, daemon=True).start()
+        host = client.Client(f"http://127.0.0.1:{answering.server_port}")
+        assert host.answers() and host.post("/interrupt", {}) == {}
+        answering.shutdown()
 
 
 @pytest.mark.parametrize("size", [5, 200, 70_000])
