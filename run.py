@@ -30,7 +30,7 @@ from launcher.client import Client, Prompt, Run
 from launcher.comfyui import ROOT, Comfy, fetch, find
 from launcher.console import Failure, complain, say, step
 from launcher.environment import Environment, ensure, ensure_venv, own_python, use_own_python
-from launcher.server import PACK_FOLDER, Server, base_folder
+from launcher.server import PACK_FOLDER, Server, base_folder, claimed
 from launcher.workflow import SEEDS, set_text, set_value, to_prompt
 
 TEMPLATE = "mimir_tiny_text_to_video"
@@ -128,12 +128,13 @@ def started(command: str, comfy: Comfy, environment: Environment, port: int = 0)
     """A running host; says how long its start took."""
     base = base_folder(command)
     server = Server(comfy, environment.python, base, port, environment.cpu, environment.overlay)
-    with step(f"Starting ComfyUI {comfy.version} on the {'CPU' if server.cpu else 'GPU'} ({comfy.path})"):
-        server.start()
-    try:
-        yield server
-    finally:
-        server.stop()
+    with claimed(command):
+        with step(f"Starting ComfyUI {comfy.version} on the {'CPU' if server.cpu else 'GPU'} ({comfy.path})"):
+            server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
 
 
 def read_workflow(name: str) -> dict:

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -252,27 +252,35 @@ def venv_python(folder: Path = VENV) -> Path:
 
 
 @contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Hold a lock file, waiting for a run.py that has it: two pips in one environment mix their packages."""
+def exclusive(path: Path, busy: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold a lock file: two pips in one environment mix their packages, two hosts in one base directory
+    their files. `busy` is called once if another process has it; unless it raises, that one is waited for."""
     path.parent.mkdir(exist_ok=True)
     with open(path, "w") as file:
-        _lock(file.fileno())
+        if not _locked(file.fileno()):
+            busy()
+            while not _locked(file.fileno()):
+                time.sleep(0.2)
         yield  # closing the file gives the lock back, and so does the end of the process
 
 
-def _lock(descriptor: int) -> None:
+def _locked(descriptor: int) -> bool:
+    """Take the lock if nobody has it; returns whether it was taken."""
     if sys.platform != "win32":
         import fcntl
 
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        return
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
     import msvcrt
 
-    while True:
-        try:
-            return msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except OSError:  # somebody else has it
-            time.sleep(0.5)
+    try:
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+    except OSError:
+        return False
+    return True
 
 
 def _runs(python: Path, *arguments: str) -> bool:

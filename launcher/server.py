@@ -9,12 +9,14 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .client import Client
 from .comfyui import CACHE, ROOT, Comfy
-from .console import Failure
+from .console import Failure, say
+from .environment import exclusive
 
 PACK_FOLDER = "ComfyUI-Mimir"
 HOST_ADDRESS = "127.0.0.1"
@@ -235,5 +237,20 @@ def _copy_pack(place: Path) -> None:
 
 
 def base_folder(command: str) -> Path:
-    """The base directory of a command of run.py: `demo` and `serve` can run side by side."""
+    """The base directory of a command of run.py: `demo` and `serve` can run side by side. Hold `claimed`
+    while using it."""
     return CACHE / command
+
+
+def claimed(command: str) -> AbstractContextManager[None]:
+    """Keep the command's base directory from a second run.py, whose host would mix its videos, temporary
+    files and log with ours. A second demo waits, a second serve (it might wait for ever) raises Failure."""
+
+    def busy() -> None:
+        if command == "serve":
+            raise Failure(
+                "Another `run.py serve` is running in this folder.", "Use its page, or stop it with Ctrl-C."
+            )
+        say(f"Another `run.py {command}` is running in this folder; this one starts when that has ended.")
+
+    return exclusive(CACHE / f"{command}.lock", busy)

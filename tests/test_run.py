@@ -472,6 +472,46 @@ def test_a_lock_is_held_by_one_process_at_a_time(tmp_path):
     assert second.wait(10) == 0
 
 
+@pytest.fixture
+def lock_holder(tmp_path, monkeypatch):
+    """Starts a process that has the base directory of a command of run.py until its input is closed."""
+    monkeypatch.setattr(server, "CACHE", tmp_path)
+    holders = []
+
+    def hold(command: str) -> subprocess.Popen:
+        code = (
+            f"import sys; sys.path.append({str(ROOT)!r})\nfrom pathlib import Path\n"
+            f"from launcher.environment import exclusive\n"
+            f"with exclusive(Path({str(tmp_path / command)!r} + '.lock')): print(1, flush=True); input()"
+        )
+        holders.append(
+            subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        )
+        assert holders[-1].stdout.readline()
+        return holders[-1]
+
+    yield hold
+    for holder in holders:
+        holder.communicate(b"\n")
+
+
+def test_a_second_demo_waits_for_the_first(lock_holder, capsys):
+    first = lock_holder("demo")
+    threading.Timer(0.5, first.stdin.write, [b"\n"]).start()
+    threading.Timer(0.6, first.stdin.flush).start()
+    with server.claimed("demo"):
+        assert first.wait(10) == 0
+    assert "starts when that has ended" in capsys.readouterr().out
+
+
+def test_a_second_serve_is_refused(lock_holder):
+    lock_holder("serve")
+    with pytest.raises(Failure, match="Another `run.py serve` is running"), server.claimed("serve"):
+        pass
+    with server.claimed("demo"):
+        pass
+
+
 # --- commands
 
 
