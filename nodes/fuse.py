@@ -76,8 +76,8 @@ class MimirTokenFuser(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, start: float | None, end: float | None) -> bool | str:
-        return fusion.range_problem(start, end) or True
+    def validate_inputs(cls, start: float | None, end: float | None) -> bool:
+        return fusion.require_range(start, end)  # raises: a returned sentence is shown once per argument
 
     @classmethod
     def execute(

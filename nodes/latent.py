@@ -79,18 +79,18 @@ class MimirEmptyLatent(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, width: int | None, height: int | None, frames: int | None) -> bool | str:
-        return size_problem(width, height, frames) or True
+    def validate_inputs(cls, width: int | None, height: int | None, frames: int | None) -> bool:
+        return require_size(width, height, frames)  # raises: a returned sentence is shown once per argument
 
     @classmethod
     def execute(cls, width: int, height: int, frames: int, batch: int) -> io.NodeOutput:
-        problem = size_problem(width, height, frames)  # linked values are not known when inputs are validated
-        if problem:
-            raise ValueError(problem)
+        require_size(width, height, frames)  # linked values are not known when inputs are validated
         return io.NodeOutput({"samples": empty_latent(width, height, frames, batch)})
 
 
-def size_problem(width: int | None, height: int | None, frames: int | None) -> str:
-    """Everything that is wrong with a video's size, in sentences, or an empty string."""
+def require_size(width: int | None, height: int | None, frames: int | None) -> bool:
+    """True, or a ValueError with everything that is wrong with a video's size, one sentence for each."""
     found = (SIZE.problem("width", width), SIZE.problem("height", height), FRAMES.problem("frames", frames))
-    return " ".join(filter(None, found))
+    if any(found):
+        raise ValueError(" ".join(filter(None, found)))
+    return True

@@ -63,13 +63,17 @@ def is_trained(config: FuserConfig, state: dict[str, Tensor]) -> bool:
     )
 
 
-def range_problem(start: float | None, end: float | None) -> str:
-    """What is wrong with the part of the sampling that is to be fused, or an empty string."""
-    if start is None or end is None or start < end:
-        return ""
-    return (
-        f"start is {start:g} and end is {end:g}: start must come before end (0 to 1 for the whole sampling)."
-    )
+def require_range(start: float | None, end: float | None) -> bool:
+    """True, or a ValueError: the part of the sampling that is to be fused must be one. None: not known yet."""
+    known = (0.0 if start is None else start, 1.0 if end is None else end)
+    if not all(0 <= value <= 1 for value in known):
+        raise ValueError(f"start is {known[0]:g} and end is {known[1]:g}: both must be from 0 to 1.")
+    if start is not None and end is not None and start >= end:
+        raise ValueError(
+            f"start is {start:g} and end is {end:g}: start must come before end "
+            "(0 to 1 for the whole sampling)."
+        )
+    return True
 
 
 def fuse(
@@ -81,9 +85,7 @@ def fuse(
     window: tuple[float, float],
 ) -> tuple[list[Any], str]:
     """The fused CONDITIONING, active inside `window` with T5 alone outside, and what was done in words."""
-    problem = range_problem(*window)
-    if problem:
-        raise ValueError(problem)
+    require_range(*window)
     if strength == 0:
         return conditioning, "Strength 0: T5's condition passes unchanged, bit for bit."
     if not fuser.trained or fuser.module is None or fuser.patcher is None:

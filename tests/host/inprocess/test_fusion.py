@@ -134,7 +134,10 @@ def test_wrong_widths_and_layers():
 
 
 def test_start_after_end_is_refused():
-    assert "start must come before end" in str(MimirTokenFuser.validate_inputs(start=0.6, end=0.4))
+    with pytest.raises(ValueError, match="start must come before end"):
+        MimirTokenFuser.validate_inputs(start=0.6, end=0.4)
+    with pytest.raises(ValueError, match="both must be from 0 to 1"):
+        MimirTokenFuser.validate_inputs(start=-0.5, end=None)
     assert MimirTokenFuser.validate_inputs(start=None, end=0.4) is True
     with pytest.raises(ValueError, match="start must come before end"):
         fuse(trained()[0], condition(), start=1.0, end=1.0)

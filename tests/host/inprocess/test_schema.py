@@ -64,7 +64,24 @@ def test_sizes_are_refused_with_the_nearest(size, words, run_node):
     whole = {"width": 64, "height": 64, "frames": 9, **size}
     with pytest.raises(ValueError, match=words):
         run_node(MimirEmptyLatent, batch=1, **whole)
-    assert MimirEmptyLatent.validate_inputs(**whole) is not True
+    with pytest.raises(ValueError, match=words):
+        MimirEmptyLatent.validate_inputs(**whole)
+
+
+def test_a_wrong_size_is_reported_once(monkeypatch):
+    import execution
+    import nodes as host_nodes
+
+    monkeypatch.setitem(host_nodes.NODE_CLASS_MAPPINGS, "MimirEmptyLatent", MimirEmptyLatent)
+    size = {"width": 65, "height": 64, "frames": 9, "batch": 1}
+    prompt = {
+        "1": {"class_type": "MimirEmptyLatent", "inputs": size},
+        "2": {"class_type": "SaveLatent", "inputs": {"samples": ["1", 0], "filename_prefix": "x"}},
+    }
+    valid, _, _, errors = asyncio.run(execution.validate_prompt("id", prompt, None))
+    assert not valid and list(errors) == ["1"]
+    (problem,) = errors["1"]["errors"]
+    assert problem["details"].startswith("width is 65: use 64 or 80 ")
 
 
 def test_empty_latent(run_node):
