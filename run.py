@@ -16,13 +16,14 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import webbrowser
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from launcher.comfyui import ROOT, Comfy, fetch, find
 from launcher.console import Failure, complain, say, step
 from launcher.environment import Environment, ensure, ensure_venv, own_python, use_own_python
 from launcher.server import PACK_FOLDER, Server, base_folder, claimed
-from launcher.workflow import SEEDS, set_text, set_value, to_prompt
+from launcher.workflow import SAVED_WORKFLOW, SEEDS, check_saved, set_text, set_value, to_prompt
 
 TEMPLATE = "mimir_tiny_text_to_video"
 PROMPT = "a red circle moves left above a blue square"
@@ -76,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     demo_ = commands.add_parser("demo", parents=[common], help="make one video from a prompt")
     demo_.add_argument("--prompt", default=PROMPT, help=f'what to show (default: "{PROMPT}")')
     demo_.add_argument("--seed", type=int, help="another number, another video")
-    demo_.add_argument("--steps", type=int, help="sampling steps")
+    demo_.add_argument("--steps", type=_whole(1), help="sampling steps")
     demo_.add_argument(
         "--workflow", default=TEMPLATE, help="a template of workflows/, or a saved workflow's path"
     )
@@ -84,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     demo_.set_defaults(run=demo)
 
     serve_ = commands.add_parser("serve", parents=[common], help="run ComfyUI with this pack for a browser")
-    serve_.add_argument("--port", type=int, default=SERVE_PORT, help=f"default: {SERVE_PORT}")
+    serve_.add_argument("--port", type=_whole(1, 65535), default=SERVE_PORT, help=f"default: {SERVE_PORT}")
     serve_.add_argument("--open", action="store_true", help="open the page in the browser")
     serve_.set_defaults(run=serve)
 
@@ -93,6 +94,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     test_.set_defaults(run=test)
     return parser
+
+
+def _whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """An argparse type: a whole number from `low` to `high` (None: no limit)."""
+    span = f"from {low} to {high}" if high else f"of at least {low}"
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[+-]?[0-9]{1,18}", text) or not low <= int(text) <= (high or int(text)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {span}")
+        return int(text)
+
+    return parse
 
 
 def prepare(comfyui: str | None, tests: bool = False) -> tuple[Comfy, Environment]:
@@ -111,11 +124,12 @@ def demo(options: argparse.Namespace) -> int:
     """Make one video and say where it is and how long each stage took."""
     start = time.monotonic()
     workflow = read_workflow(options.workflow)
+    make_room(options.out)
     comfy, environment = prepare(options.comfyui)
     with started(options.command, comfy, environment) as server:
         client = Client(server.url, alive=server.raise_if_dead)
         prompt = demo_prompt(client, workflow, options)
-        say(f'Running {options.workflow}: "{options.prompt}"')
+        say(f'Running {options.workflow}: "{shortened(options.prompt)}"')
         run = client.run(prompt, timeout=RUN_SECONDS)
         video = keep_video(client, server, run, options.out)
     report(prompt, run)
@@ -143,7 +157,12 @@ def read_workflow(name: str) -> dict:
     path = path if path.exists() else Path(name)
     if not path.is_file():
         raise Failure(f"There is no workflow {name!r}.", f"Templates: {', '.join(templates()) or 'none'}.")
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        workflow = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # also what is not UTF-8
+        raise Failure(f"{path} is not a workflow: {error}.", SAVED_WORKFLOW) from error
+    check_saved(workflow, str(path))
+    return workflow
 
 
 def templates() -> list[str]:
@@ -162,16 +181,37 @@ def demo_prompt(client: Client, workflow: dict, options: argparse.Namespace) -> 
     return prompt
 
 
+def shortened(text: str, limit: int = 120) -> str:
+    """One line of `text`, of `limit` characters at most."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else f"{line[: limit - 4]} ..."
+
+
+def make_room(out: str | None) -> None:
+    """Make the folder that `out` lies in; raises Failure if that cannot be done, before anything is run."""
+    if not out:
+        return
+    try:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Failure(
+            f"The folder of --out {out} cannot be made ({error.strerror}).", "Choose another file with --out."
+        ) from error
+
+
 def keep_video(client: Client, server: Server, run: Run, out: str | None) -> Path:
     """The path of the video that the run has written, copied to `out` if that is given."""
     videos = [file for file in run.files() if file.filename.endswith((".mp4", ".webm", ".webp", ".mkv"))]
     if not videos:
         raise Failure("The workflow ran but wrote no video.", "It needs a SaveVideo node.")
     path = server.base / videos[0].type / videos[0].subfolder / videos[0].filename
-    if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        path = Path(shutil.copy2(path, out))
-    return path
+    try:
+        return Path(shutil.copy2(path, out)) if out else path
+    except OSError as error:
+        raise Failure(
+            f"The video is finished but cannot be copied to {out} ({error.strerror or error}).",
+            f"It lies in {path}; copy it from there.",
+        ) from error
 
 
 def report(prompt: Prompt, run: Run) -> None:

@@ -18,6 +18,10 @@ from .websocket import WebSocket
 Prompt = dict[str, dict[str, Any]]  # node id -> {"class_type": ..., "inputs": ...}
 Progress = Callable[[str, float], None]  # (node id, part done 0..1)
 
+REMEDY = (
+    "Open the workflow with `python run.py serve`, where the node is marked, and choose another value or "
+    'file; for a missing file see "Where files go" in README.md.'
+)
 # The server is on this machine, which no proxy of http_proxy can reach.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -109,7 +113,7 @@ class Client:
             answer = json.loads(error.read())
         problems = validation_problems(answer, prompt)
         if problems:
-            raise Failure("ComfyUI refused the workflow:\n" + "\n".join(problems))
+            raise Failure("ComfyUI refused the workflow:\n" + "\n".join(problems), REMEDY)
         return answer["prompt_id"]
 
     def interrupt(self) -> None:
@@ -161,7 +165,7 @@ class Client:
             if record is not None:
                 return record
             time.sleep(0.05)
-        raise Failure(f"ComfyUI has no record of run {prompt_id}.")
+        raise Failure(f"ComfyUI has no record of run {prompt_id}.", "Run it again.")
 
 
 class _NodeClock:
@@ -221,8 +225,9 @@ def raise_if_failed(record: dict[str, Any], prompt: Prompt) -> None:
     for kind, data in status.get("messages", ()):
         if kind == "execution_error":
             raise Failure(
-                f"node {data['node_id']} ({data['node_type']}) failed: {data['exception_message'].strip()}"
+                f"node {data['node_id']} ({data['node_type']}) failed: {data['exception_message'].strip()}",
+                REMEDY,
             )
         if kind == "execution_interrupted":
-            raise Failure("The run was interrupted.")
-    raise Failure(f"The run ended as {status.get('status_str')!r}: {status}")
+            raise Failure("The run was interrupted.", "Run it again.")
+    raise Failure(f"The run ended as {status.get('status_str')!r}: {status}", REMEDY)

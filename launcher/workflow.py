@@ -20,7 +20,25 @@ WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"
 DYNAMIC_COMBO = "COMFY_DYNAMICCOMBO_V3"
 SEEDS = ("seed", "noise_seed")
 ONLY_IN_THE_PAGE = ("Note", "MarkdownNote", "Reroute")
+SAVED_WORKFLOW = "Give a file that ComfyUI's page wrote with Save or Export (not Export (API))."
+IN_THE_PAGE = "Run it in the page that `python run.py serve` opens, or choose another workflow."
 ALWAYS = 0  # the mode of a node that is neither muted (2) nor bypassed (4)
+
+
+def check_saved(workflow: Any, name: str) -> None:
+    """Raises Failure unless this is the JSON of a workflow as the page saves it."""
+    if not isinstance(workflow, dict):
+        kind = type(workflow).__name__
+        raise Failure(f"{name} is not a workflow: it holds a {kind}, not an object.", SAVED_WORKFLOW)
+    nodes, links = workflow.get("nodes"), workflow.get("links")
+    if not nodes and any(isinstance(node, dict) and "class_type" in node for node in workflow.values()):
+        raise Failure(f"{name} is in the API format, not a saved workflow.", SAVED_WORKFLOW)
+    if not isinstance(nodes, list) or not all(
+        isinstance(n, dict) and {"id", "type"} <= n.keys() for n in nodes
+    ):
+        raise Failure(f"{name} is not a workflow: it has no list of nodes.", SAVED_WORKFLOW)
+    if not isinstance(links, list) or not all(isinstance(link, list) and len(link) > 2 for link in links):
+        raise Failure(f"{name} is not a workflow: it has no list of links.", SAVED_WORKFLOW)
 
 
 def to_prompt(workflow: Workflow, schemas: Schemas) -> Prompt:
@@ -47,9 +65,15 @@ def to_prompt(workflow: Workflow, schemas: Schemas) -> Prompt:
 
 def _check(node: dict[str, Any], schemas: Schemas) -> None:
     if node["type"] not in schemas:
-        raise Failure(f"This ComfyUI has no node {node['type']} (node {node['id']} of the workflow).")
+        raise Failure(
+            f"This ComfyUI has no node {node['type']} (node {node['id']} of the workflow).",
+            "Name a ComfyUI that has it with --comfyui, or choose another workflow.",
+        )
     if node.get("mode", ALWAYS) != ALWAYS:
-        raise Failure(f"Node {node['id']} ({node['type']}) is muted or bypassed; only the page can run that.")
+        raise Failure(
+            f"Node {node['id']} ({node['type']}) is muted or bypassed; only the page can run that.",
+            IN_THE_PAGE,
+        )
 
 
 def _title(node: dict[str, Any], schemas: Schemas) -> str:
@@ -128,7 +152,9 @@ def set_text(prompt: Prompt, text: str) -> None:
     reached = [n for sampler in samplers for n in upstream(prompt, sampler["inputs"]["positive"][0])]
     encoders = [prompt[n] for n in reached if "text" in prompt[n]["inputs"]]
     if not encoders:
-        raise Failure("The workflow has no encoder with a text that leads to a sampler's positive input.")
+        raise Failure(
+            "The workflow has no encoder with a text that leads to a sampler's positive input.", IN_THE_PAGE
+        )
     for node in encoders:
         _set(prompt, node, "text", text)
 

@@ -173,8 +173,10 @@ def test_a_failed_run_raises_the_nodes_own_words():
     record = {
         "status": {"status_str": "error", "messages": [["execution_start", {}], ["execution_error", data]]}
     }
-    with pytest.raises(Failure, match=r"node 4 \(Fuse\) failed: not untrained, but wrong"):
+    with pytest.raises(Failure, match=r"node 4 \(Fuse\) failed: not untrained, but wrong") as caught:
         client.raise_if_failed(record, {})
+    assert "run.py serve" in caught.value.remedy and "Where files go" in caught.value.remedy
+    assert "\n## Where files go\n" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 class Answering(BaseHTTPRequestHandler):
@@ -518,6 +520,77 @@ def test_a_second_serve_is_refused(lock_holder):
 def test_an_unknown_template_names_those_that_exist(capsys):
     assert run.main(["demo", "--workflow", "nothing"]) == 1
     assert "There is no workflow 'nothing'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content, problem",
+    [
+        (b"not json", "is not a workflow: Expecting value"),
+        (b"\xff\xfe\x00", "is not a workflow"),
+        (b"[1, 2]", "holds a list"),
+        (b'{"3": {"class_type": "Sample", "inputs": {}}}', "API format"),
+        (b'{"version": 1}', "no list of nodes"),
+        (b'{"nodes": [3], "links": []}', "no list of nodes"),
+        (b'{"nodes": [], "links": [{"id": 1}]}', "no list of links"),
+    ],
+)
+def test_a_file_that_is_no_workflow_is_refused_before_the_start(
+    tmp_path, monkeypatch, capsys, content, problem
+):
+    monkeypatch.setattr(run, "prepare", lambda *_: pytest.fail("prepared a host"))
+    (tmp_path / "x.json").write_bytes(content)
+    assert run.main(["demo", "--workflow", str(tmp_path / "x.json")]) == 1
+    said = capsys.readouterr().err
+    assert problem in said and "What to do: Give a file" in said
+
+
+@pytest.mark.parametrize("name", run.templates())
+def test_every_template_can_be_read(name):
+    assert run.read_workflow(name)["nodes"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["serve", "--port", "99999"],
+        ["serve", "--port", "0"],
+        ["demo", "--steps", "0"],
+        ["demo", "--steps", "x"],
+    ],
+)
+def test_numbers_out_of_range_are_refused_at_once(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(run, "prepare", lambda *_: pytest.fail("prepared a host"))
+    with pytest.raises(SystemExit) as ended:
+        run.main(arguments)
+    assert ended.value.code == 2
+    assert f"{arguments[2]!r} is not a whole number" in capsys.readouterr().err
+
+
+def test_an_impossible_out_is_refused_before_the_start(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "prepare", lambda *_: pytest.fail("prepared a host"))
+    out = empty_workflow(tmp_path) / "folder" / "video.mp4"
+    assert run.main(["demo", "--workflow", str(empty_workflow(tmp_path)), "--out", str(out)]) == 1
+    assert "What to do: Choose another file with --out" in capsys.readouterr().err
+
+
+def test_a_long_prompt_is_shortened_to_one_line():
+    assert run.shortened("a red\ncircle") == "a red circle"
+    for prompt in ("word " * 100, "x" * 500):
+        assert len(run.shortened(prompt)) == 120 and run.shortened(prompt).endswith(" ...")
+
+
+def test_a_finished_video_that_cannot_be_copied_is_named(tmp_path):
+    host = server.Server(Comfy(tmp_path, "0.33.0"), Path(sys.executable), tmp_path)
+    video = tmp_path / "output" / "video" / "x.mp4"
+    video.parent.mkdir(parents=True)
+    video.write_bytes(b"video")
+    shown = {"images": [{"filename": "x.mp4", "subfolder": "video", "type": "output"}]}
+    made = client.Run("1", {"outputs": {"8": shown}})
+    own = client.Client("http://127.0.0.1:1")
+    assert run.keep_video(own, host, made, str(tmp_path / "copy.mp4")).read_bytes() == b"video"
+    with pytest.raises(Failure, match="is finished but cannot be copied") as caught:
+        run.keep_video(own, host, made, str(tmp_path / "nowhere" / "copy.mp4"))
+    assert str(video) in caught.value.remedy
 
 
 def test_run_imports_the_standard_library_only(tmp_path):
