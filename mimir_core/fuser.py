@@ -139,7 +139,8 @@ class TokenFuser(nn.Module):
                 raise ValueError(f"{name} tokens have batch {tensor.shape[0]}, expected 1 or {batch}")
         if config.stabilizer and instruction.shape[1] != config.num_instructions:
             raise ValueError(
-                f"{instruction.shape[1]} instructions, this fuser expects {config.num_instructions}"
+                f"{instruction.shape[1]} instructions, this fuser expects {config.num_instructions}: write "
+                f"{config.num_instructions} in the 'instructions' box of Phi-3.5 Encode, one per line."
             )
 
 

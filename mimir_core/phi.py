@@ -146,7 +146,8 @@ class Phi3ForCausalLM(nn.Module):
         count = self.config.num_hidden_layers + 1
         if not -count <= layer < count:
             raise ValueError(
-                f"layer is {layer}, but this language model has hidden states {-count} to {count - 1}"
+                f"layer is {layer}, but this language model has hidden states {-count} to {count - 1}: "
+                "use -1, the last one, unless the fuser was trained with another."
             )
         return layer % count
 

@@ -223,7 +223,7 @@ def test_five_thousand_words_are_shortened_to_the_models_positions(chat, caplog)
         ({"temperature": -0.1}, "temperature is -0.1"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
-        ({"layer": 9}, "layer is 9"),
+        ({"layer": 9}, "layer is 9.*use -1, the last one"),
     ],
 )
 def test_settings_out_of_range_are_refused(chat, settings, message):

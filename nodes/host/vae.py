@@ -4,7 +4,7 @@ Images on the host's side are (B, F, H, W, 3) in 0..1; latents are (B, 16, T, h,
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -158,9 +158,23 @@ def encode(vae: comfy.sd.VAE, frames: Tensor, tiling: Tiling) -> tuple[Tensor, s
 
 
 def _check_video(frames: Tensor) -> None:
+    """ValueError with everything that is wrong with the video, and what to do about it."""
     count, height, width = frames.shape[:3]
-    core.check_size(width, height)
-    core.check_frames(count)
+    sides = (_problem(core.check_size, width, 16), _problem(core.check_size, 16, height))
+    size, length = "; ".join(filter(None, sides)), _problem(core.check_frames, count)
+    found = [f"{size}. Scale or crop the images (nodes ImageScale, ImageCrop)."] if size else []
+    found += [f"{length}. Take that many of them (node ImageFromBatch)."] if length else []
+    if found:
+        raise ValueError("VAE Encode: " + " ".join(found))
+
+
+def _problem(check: Callable[..., None], *values: int) -> str:
+    """What `check` raises for these values, or an empty string."""
+    try:
+        check(*values)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _report(done: str, used: tuple[int, int] | None, wanted: tuple[int, int] | None) -> str:

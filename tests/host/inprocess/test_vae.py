@@ -93,6 +93,9 @@ def test_wrong_sizes_are_refused_with_the_nearest(pair, run_node):
         run_node(MimirVAEEncode, vae=vae, image=torch.zeros(9, 48, 60, 3), tiling="off")
     with pytest.raises(ValueError, match="10 frames.*9 or 17"):
         run_node(MimirVAEEncode, vae=vae, image=torch.zeros(10, 48, 64, 3), tiling="off")
+    every = "width is 60.*height is 50.*ImageCrop.*10 frames.*ImageFromBatch"
+    with pytest.raises(ValueError, match=every):
+        run_node(MimirVAEEncode, vae=vae, image=torch.zeros(10, 50, 60, 3), tiling="off")
 
 
 def test_latents_of_another_model_are_refused_in_a_sentence(pair, run_node):
