@@ -24,7 +24,7 @@ class MimirLoadTiny(io.ComfyNode):
             "does within seconds, on any "
             "computer. It knows one small world: coloured circles, squares and triangles that move, appear "
             "and disappear, day and "
-            "night. Use 64 x 64 with 9 frames and cfg 3.",
+            "night. Use 64 x 64 with 9 frames and cfg 2.",
             category=LOADERS,
             inputs=[
                 widget(

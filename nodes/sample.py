@@ -70,7 +70,7 @@ class MimirSampler(io.ComfyNode):
                     max=30.0,
                     step=0.1,
                     tooltip=(
-                        "How strictly the prompt is followed. CogVideoX: 6. Mimir Tiny: 2.5 to 3. 1 turns "
+                        "How strictly the prompt is followed. CogVideoX: 6. Mimir Tiny: 2. 1 turns "
                         "guidance (and the negative prompt) off."
                     ),
                 ),
