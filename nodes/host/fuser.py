@@ -97,7 +97,8 @@ def fuse(
     for text, options in conditioning:
         joined = _run(module, fuser.patcher.load_device, text, llm, instruction, strength)
         fused += _in_window(joined, text, options, window)
-    return fused, _report(module.config, tokens, fused[0][0].shape[1], preset)
+    lengths = conditioning[0][0].shape[1], fused[0][0].shape[1]
+    return fused, _report(module.config, tokens, lengths, preset)
 
 
 def with_preset(fuser: Fuser, preset: str) -> TokenFuser:
@@ -138,11 +139,26 @@ def _in_window(
     return [[part, {**options, "start_percent": a, "end_percent": b}] for part, a, b in parts if a < b]
 
 
-def _report(config: FuserConfig, tokens: LlmTokens, length: int, preset: str) -> str:
-    read, answered = tokens.query.shape[1], tokens.answer.shape[1]
-    found = f"Fused as '{preset}': {read} prompt and {answered} answer tokens; the condition has {length}."
-    if tokens.layer == config.llm_layer:
+def _report(config: FuserConfig, tokens: LlmTokens, lengths: tuple[int, int], preset: str) -> str:
+    """`lengths` of the condition before and after."""
+    used = _used(config, tokens, lengths[0])
+    found = f"Fused as '{preset}': {used}; the condition has {lengths[1]}."
+    if tokens.layer == config.llm_layer or not (config.use_llm or config.stabilizer):
         return found
     return (
         f"{found} Careful: it was trained on layer {config.llm_layer}, these tokens are layer {tokens.layer}."
     )
+
+
+def _used(config: FuserConfig, tokens: LlmTokens, room: int) -> str:
+    """Which of the language model's tokens are in the condition: as many as its `room` tokens can take."""
+    counts: list[str] = []
+    for part in config.llm_tokens.split("+") if config.use_llm else ():
+        count = min(getattr(tokens, part).shape[1], room)
+        room -= count
+        counts.append(f"{count} {'prompt' if part == 'query' else part}")
+    if counts:
+        return f"{' and '.join(counts)} tokens"
+    if config.stabilizer:
+        return f"{config.num_instructions} instruction tokens and nothing else of the language model"
+    return "no language model tokens are used"

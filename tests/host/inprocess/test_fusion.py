@@ -117,6 +117,19 @@ def test_presets_use_the_weights_that_are_there():
     assert again[0][0].shape == (1, 20, TEXT)  # the preset did not stick
 
 
+def test_the_note_counts_the_tokens_that_are_used():
+    fuser, _ = trained()
+    text = condition()
+    fused, note = fuse(fuser, text, preset="baseline", llm=tokens(layer=-2))
+    assert torch.equal(fused[0][0], text[0][0])
+    assert note == "Fused as 'baseline': no language model tokens are used; the condition has 16."
+    short = [[text[0][0][:, :6], {}]]
+    assert ": 5 prompt and 1 answer tokens; the condition has 10." in fuse(fuser, short)[1]
+    config = replace(FUSER_PRESETS["mimir"], **SIZES, llm_tokens="answer")
+    state = {name: tensor + 0.1 for name, tensor in untrained_state(config).items()}
+    assert ": 3 answer tokens; the" in fuse(host_fuser.build_fuser("a", config, state), text)[1]
+
+
 def test_presets_without_weights_are_refused():
     fuser, _ = trained("zero_conv")
     with pytest.raises(ValueError, match="The preset 'mimir' does not fit test.safetensors"):
