@@ -51,9 +51,10 @@ def load_tokenizer(folder: str | Path) -> Any:
             raise ValueError("there is no tokenizer.json, tokenizer.model or spiece.model in it")
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001  tokenizers raises bare Exception on files it cannot read
+        reason = " ".join(str(error).split())  # one line
         raise ValueError(
-            f"{path} does not hold a tokenizer that can be read ({error}); "
-            "put the model's own tokenizer files there"
+            f"{path} does not hold a tokenizer that can be read ({reason}); "
+            "put the model's own tokenizer files there."
         ) from error
 
 

@@ -195,7 +195,7 @@ def test_plain_tokenizer_json_works(tiny, tmp_path):
 
 
 def test_wrong_tokenizer_folders_are_explained(tiny, tmp_path):
-    with pytest.raises(ValueError, match="no tokenizer.json"):
+    with pytest.raises(ValueError, match=r"no tokenizer.json.*files there\.$"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("not json")
     with pytest.raises(ValueError, match="does not hold a tokenizer"):

@@ -20,7 +20,7 @@ from ...mimir_core.text import PhiTokenizer
 from ...mimir_core.tokens import LlmTokens
 from .attention import text_attention
 from .patcher import build_clip, plain_weights
-from .report import progress, require_finite
+from .report import naming, progress, require_finite
 
 NAME = "phi"
 NOT_CONDITIONING = (
@@ -39,7 +39,8 @@ def load_phi(path: Path, disable_dynamic: bool = False) -> comfy.sd.CLIP:
     """
     source = weights.read_phi(path)
     state = plain_weights(source.state)
-    tokenizer = PhiTokenizer.from_folder(path if path.is_dir() else path.parent)
+    with naming(path):
+        tokenizer = PhiTokenizer.from_folder(path if path.is_dir() else path.parent)
     target = ClipTarget(partial(PhiTokens, tokenizer), partial(PhiModel, source.config, tokenizer.stop_ids))
     clip = build_clip(target, state, disable_dynamic, dtype=next(iter(state.values())).dtype)
     clip.patcher.cached_patcher_init = (_reload, (path,))
@@ -96,7 +97,8 @@ def report(tokens: LlmTokens, text: str) -> str:
     answer = f"Phi-3.5 answered: {tokens.answer_text}" if tokens.answer_text else "Phi-3.5 gave no answer."
     if len(tokens.prompt) >= len(text.strip()):
         return answer
-    return f"{answer} The prompt was too long for it: it read up to '...{tokens.prompt[-40:]}'."
+    stop = "" if answer.endswith((".", "!", "?")) else "."
+    return f"{answer}{stop} The prompt was too long for it: it read up to '...{tokens.prompt[-40:]}'."
 
 
 def compute_dtype(network: "PhiModel", device: torch.device) -> torch.dtype:

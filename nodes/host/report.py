@@ -2,7 +2,9 @@
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management as management
@@ -28,7 +30,18 @@ def require_finite(values: torch.Tensor, stage: str, remedy: str) -> None:
     finite = torch.isfinite(values)
     if not bool(finite.all()):
         share = 1 - finite.float().mean().item()
+        if share > 0.95:
+            remedy += " If that does not help, the model's file may be damaged: download it again."
         raise ValueError(f"{stage}: {share:.0%} of the result is NaN or infinite. {remedy}")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A ValueError inside the block becomes one sentence that begins with the file the user chose."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {str(error).rstrip('.')}.") from error
 
 
 def progress() -> Callable[[int, int], None]:

@@ -20,7 +20,7 @@ from ...mimir_core import weights
 from ...mimir_core.config import T5_PRESETS, T5Config
 from ...mimir_core.text import Cut, load_tokenizer, t5_tokens
 from .patcher import build_clip
-from .report import require_finite
+from .report import naming, require_finite
 
 NAME = "t5xxl"  # the key of T5 tokens in every CLIP of the host, whatever the size
 TEXT_LENGTH = 226  # CogVideoX's; Mimir Tiny has its own
@@ -41,7 +41,8 @@ def load_t5(path: Path, length: int = TEXT_LENGTH, disable_dynamic: bool = False
     if embedding is not None:
         state.setdefault("shared.weight", embedding)
     state, options = _quantisation(state, source.header)
-    tokens = partial(T5Tokens, load_tokenizer(folder), length)
+    with naming(path):
+        tokens = partial(T5Tokens, load_tokenizer(folder), length)
     target = ClipTarget(tokens, partial(T5Model, source.config, options))
     clip = build_clip(target, state, disable_dynamic)
     clip.patcher.cached_patcher_init = (_reload, (path, length))

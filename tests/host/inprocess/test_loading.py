@@ -95,6 +95,17 @@ def test_wrong_files_get_one_sentence(models, run_node, kind, name, what):
     assert len(message) < 420
 
 
+@pytest.mark.parametrize("kind", ["t5", "phi"])
+def test_a_missing_tokenizer_names_the_chosen_file(models, run_node, kind, monkeypatch, tmp_path):
+    chosen = tmp_path / "chosen"
+    shutil.copytree(files.resolve(LOADERS[kind][1], str(Path("right") / kind)), chosen)
+    for file in chosen.glob("*token*"):
+        file.unlink()
+    monkeypatch.setattr(files, "resolve", lambda *_: chosen)
+    with pytest.raises(ValueError, match=r"^chosen: .*no tokenizer.json.*files there\.$"):
+        run(kind, "chosen", run_node)
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "what"),
     [

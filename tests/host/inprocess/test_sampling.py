@@ -198,7 +198,7 @@ def test_cosine_ramp_keeps_another_nodes_cfg_function(load):
 def test_nan_is_an_error_with_a_remedy(load, run_node):
     _, model = load("5b")
     broken = conditioning(torch.full((1, 16, references.TEXT_WIDTH), float("inf")))
-    with pytest.raises(ValueError, match="NaN or infinite.*bfloat16 or float32"):
+    with pytest.raises(ValueError, match="NaN or infinite.*bfloat16 or float32.*download it again"):
         run_node(
             MimirSampler,
             model=model,

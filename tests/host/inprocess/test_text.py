@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from mimir_pack.mimir_core.text import PhiTokenizer
+from mimir_pack.mimir_core.tokens import LlmTokens
 from mimir_pack.nodes.encode import MimirPhiEncode, MimirT5Encode
 from mimir_pack.nodes.host import phi as host_phi
 from mimir_pack.nodes.host import t5 as host_t5
@@ -223,3 +224,10 @@ def test_core_text_generation_works_where_the_host_has_it(phi, run_node):
         textgen.TextGenerate, clip=clip, prompt=PROMPT, max_length=6, sampling_mode={"sampling_mode": "off"}
     )
     assert text == run_node(MimirPhiEncode, clip=clip, text=PROMPT, **PHI)[1]
+
+
+def test_the_note_on_a_cut_prompt_is_two_sentences():
+    state = torch.zeros(1, 0, 4)
+    for answer, end in (("a red square", "square."), ("A red square.", "square.")):
+        read = LlmTokens(state, state, state, [], "a red", answer, (), -1)
+        assert f"{end} The prompt was too long" in host_phi.report(read, "a red square that turns")
