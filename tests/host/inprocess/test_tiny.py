@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from mimir_pack import nodes
 from mimir_pack.mimir_core.config import DEFAULT_INSTRUCTIONS
 from mimir_pack.mimir_core.pipeline import text_to_video
-from mimir_pack.mimir_core.tiny.parts import WEIGHTS, load_parts
+from mimir_pack.mimir_core.tiny.parts import load_parts
 from mimir_pack.nodes.host import tiny
 
 PROMPT, SEED, STEPS, CFG = "a red circle moves left", 11, 10, 3.0
@@ -31,10 +30,6 @@ SAMPLE = {
     "scheduler": "simple",
     "denoise": 1.0,
 }
-
-pytestmark = pytest.mark.skipif(
-    not (Path(WEIGHTS) / "transformer.safetensors").is_file(), reason="Mimir Tiny is not trained yet"
-)
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +54,7 @@ def through_nodes(parts: tuple[Any, ...], run_node: Any, strength: float) -> tor
 
 @pytest.mark.parametrize("strength", [0.0, 1.0])
 def test_nodes_and_pipeline_make_the_same_video(parts, run_node, strength):
-    if strength and not parts[3].trained:
-        pytest.skip("the shipped fuser is not trained yet")
+    assert parts[3].trained
     found = through_nodes(parts, run_node, strength)
     expected = text_to_video(
         load_parts(), PROMPT, width=64, height=64, frames=9, steps=STEPS, cfg=CFG, seed=SEED,
