@@ -64,7 +64,7 @@ def is_trained(config: FuserConfig, state: dict[str, Tensor]) -> bool:
 
 
 def require_range(start: float | None, end: float | None) -> bool:
-    """True, or a ValueError: the part of the sampling that is to be fused must be one. None: not known yet."""
+    """True, or a ValueError: the part of the sampling that is fused must be one. None: not known yet."""
     known = (0.0 if start is None else start, 1.0 if end is None else end)
     if not all(0 <= value <= 1 for value in known):
         raise ValueError(f"start is {known[0]:g} and end is {known[1]:g}: both must be from 0 to 1.")

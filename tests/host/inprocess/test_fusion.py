@@ -140,7 +140,9 @@ def test_wrong_widths_and_layers():
     fuser, _ = trained()
     with pytest.raises(ValueError, match="use the encoders it was trained with"):
         fuse(fuser, [[torch.zeros(1, 16, 4096), {}]])
-    with pytest.raises(ValueError, match="2 instructions, this fuser expects 4: .*Phi-3.5 Encode, one per line"):
+    with pytest.raises(
+        ValueError, match="2 instructions, this fuser expects 4: .*Phi-3.5 Encode, one per line"
+    ):
         fuse(fuser, condition(), llm=tokens(instructions=2))
     _, note = fuse(fuser, condition(), llm=tokens(layer=-2))
     assert "trained on layer -1, these tokens are layer -2" in note

@@ -70,6 +70,7 @@ def test_sizes_are_refused_with_the_nearest(size, words, run_node):
 
 def test_a_wrong_size_is_reported_once(monkeypatch):
     import execution
+
     import nodes as host_nodes
 
     monkeypatch.setitem(host_nodes.NODE_CLASS_MAPPINGS, "MimirEmptyLatent", MimirEmptyLatent)
