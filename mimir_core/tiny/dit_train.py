@@ -66,6 +66,17 @@ TRUST = LoopConfig(
     save_every=250,
     log_every=100,
 )
+SETTLE = LoopConfig(
+    steps=1150,
+    muon_rate=0.006,
+    adam_rate=1e-3,
+    warmup=20,
+    flat=0.15,
+    final=0.02,
+    ema=0.997,
+    save_every=250,
+    log_every=50,
+)
 DOUBTFUL = 0.9  # share of the fused captions that T5 reads half with invented words, half not at all (TRUST)
 ALONE = 0.25  # share of the Mimir steps in which T5 stands alone
 DROPPED = 0.10  # share of captions that are replaced by the empty prompt
@@ -116,6 +127,11 @@ class DitTraining:
         """As `mimir`, but T5's reading of some fused captions is spoilt while the language model's is not."""
         alone = random.Random(f"trust/{self.seed}/{step}").random() < ALONE
         return self._loss(20_000_000 + step, alone, doubtful=DOUBTFUL)
+
+    def settle(self, step: int) -> Tensor:
+        """As `trust`, with half as much doubt and slower, for counts and shapes."""
+        alone = random.Random(f"settle/{self.seed}/{step}").random() < ALONE
+        return self._loss(30_000_000 + step, alone, doubtful=DOUBTFUL / 2)
 
     def _loss(self, step: int, alone: bool, doubtful: float = 0.0) -> Tensor:
         """Mean squared error of the velocity on one batch."""
@@ -180,11 +196,12 @@ def tiny_fuser_config() -> FuserConfig:
 
 
 def train_dit(training: DitTraining, folder: Path) -> Mimir:
-    """The three stages, one after the other. Returns the networks with averaged weights."""
+    """The four stages, one after the other. Returns the networks with averaged weights."""
     train("dit-baseline", training.model.dit, training.baseline, BASELINE, folder, training.seed)
     train("dit-mimir", training.model, training.mimir, MIMIR, folder, training.seed)
     read_answers(training.model)
     train("dit-trust", training.model, training.trust, TRUST, folder, training.seed)
+    train("dit-settle", training.model, training.settle, SETTLE, folder, training.seed)
     return training.model
 
 

@@ -7,6 +7,7 @@ style is generated twice from the same noise, once from T5 alone and once from t
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import random
 import time
@@ -187,9 +188,17 @@ def main() -> None:
     seconds = time.perf_counter() - began
     print(f"{len(prompts)} prompts, {STEPS} steps, cfg {CFG}, {seconds:.0f} s on {options.device}")
     if options.out:
-        record = {"prompts": len(prompts), "steps": STEPS, "cfg": CFG, **results}
-        (options.out / "tiny_results.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_results(options.out / "tiny_results.json", options.weights, len(prompts), results)
         sheet_of(parts, prompts, options.out / "contact_sheet.jpg")
+
+
+def write_results(path: Path, folder: Path, prompts: int, results: dict[str, dict[str, float]]) -> None:
+    """The measurement as JSON; other styles measured on the same weights stay in the file."""
+    digest = hashlib.sha256((folder / "transformer.safetensors").read_bytes()).hexdigest()[:16]
+    settings = {"weights": digest, "prompts": prompts, "steps": STEPS, "cfg": CFG}
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    same = known if settings.items() <= known.items() else {}
+    path.write_text(json.dumps({**same, **settings, **results}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
