@@ -17,8 +17,8 @@ CORE, NODES = ROOT / "mimir_core", ROOT / "nodes"
 FILES = sorted([*CORE.rglob("*.py"), *NODES.rglob("*.py")])
 
 ORDER = (
-    "config attention positions diffusion tokens phi dit fuser vae sampling headers recognise weights "
-    "text llm pipeline bench tiny"
+    "config attention positions diffusion tokens phi dit fuser vae sampling headers recognise weights lora "
+    "memory text llm conditioning pipeline bench tiny"
 ).split()
 HOST = set("comfy comfy_api comfy_extras comfy_execution folder_paths nodes server node_helpers".split())
 LOOPS = 120  # lines of a training loop: a function of tiny/ whose name says train
