@@ -33,8 +33,8 @@ class MimirSampler(io.ComfyNode):
                     "negative",
                     tooltip=(
                         "What to avoid: an encoded negative prompt, empty text for none. Send it through a "
-                        "Token Fuser of "
-                        "its own: with as many tokens as the positive one, both run in one batch."
+                        "Token Fuser of its own, as in training. It may have another number of tokens than "
+                        "the positive one: both still run in one batch."
                     ),
                 ),
                 widget(

@@ -5,22 +5,44 @@ are (B, H, L, D).
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from comfy.ldm.modules import attention as host
 from torch import Tensor
 
 log = logging.getLogger(__name__)
 _logged: set[str] = set()
 
+# In transformer_options: how many tokens in front of each batch item's sequence are padding, a tuple.
+PADDING = "mimir_padding"
+
 
 def host_attention(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, options: Mapping[str, Any] | None = None
 ) -> Tensor:
     """q (B, H, L, D), k and v (B, H, M, D) -> (B, H, L, D). `options` is the host's transformer_options."""
-    return _call(host.optimized_attention, q, k, v, mask, options)
+    padding = (options or {}).get(PADDING)
+    if padding is None:
+        return _call(host.optimized_attention, q, k, v, mask, options)
+    parts: list[Tensor] = []
+    for items, skip in _runs(padding):  # one call for neighbours of one length, each on views
+        q_, k_, v_ = (tensor[items, :, skip:] for tensor in (q, k, v))
+        out = _call(host.optimized_attention, q_, k_, v_, mask, options)
+        parts.append(F.pad(out, (0, 0, skip, 0)))  # the padding's own rows are never looked at
+    return torch.cat(parts)
+
+
+def _runs(padding: Sequence[int]) -> list[tuple[slice, int]]:
+    """(0, 0, 4) -> [(items 0 and 1, 0), (item 2, 4)]."""
+    found: list[tuple[slice, int]] = []
+    for skip, group in groupby(range(len(padding)), key=lambda item: padding[item]):
+        items = list(group)
+        found.append((slice(items[0], items[-1] + 1), skip))
+    return found
 
 
 def text_attention(

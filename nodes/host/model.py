@@ -16,6 +16,7 @@ import comfy.model_patcher
 import comfy.model_sampling
 import comfy.supported_models_base
 import torch
+import torch.nn.functional as F
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from ...mimir_core import weights
 from ...mimir_core.config import DiffusionConfig, DiTConfig
 from ...mimir_core.diffusion import alphas_cumprod
 from ...mimir_core.dit import CogVideoXTransformer
-from .attention import host_attention, log_choice
+from .attention import PADDING, host_attention, log_choice
 from .latent import MimirLatent
 from .patcher import core_patcher, plain_weights
 
@@ -86,10 +87,17 @@ class HostDiT(CogVideoXTransformer):
         context: Tensor,
         control: Any = None,
         transformer_options: Any = None,
+        text_lengths: tuple[int, ...] = (),
         **_: Any,
     ) -> Tensor:
-        """x (B, C, T, H, W), timestep (B,), context (B, L, D) -> velocity (B, C, T, H, W)."""
+        """x (B, C, T, H, W), timestep (B,), context (B, L, D) -> velocity (B, C, T, H, W).
+
+        text_lengths: how many of the L text tokens each item has; what stands before them is padding.
+        """
         options = {} if transformer_options is None else transformer_options
+        padding = tuple(context.shape[1] - length for length in text_lengths)
+        if any(padding):
+            options = {**options, PADDING: padding}
         wrappers = get_all_wrappers(WrappersMP.DIFFUSION_MODEL, options)
         run = WrapperExecutor.new_class_executor(self._predict, self, wrappers)
         return run.execute(x, timestep, context, options)
@@ -153,7 +161,8 @@ class MimirModel(comfy.model_base.BaseModel):
         tokens = kwargs.get("cross_attn")
         if tokens is not None:
             self._check_tokens(tokens)
-            out["c_crossattn"] = comfy.conds.CONDRegular(tokens)
+            out["c_crossattn"] = TextTokens(tokens)
+            out["text_lengths"] = TextLengths((tokens.shape[1],))
         return out
 
     def _check_tokens(self, tokens: Tensor) -> None:
@@ -162,6 +171,38 @@ class MimirModel(comfy.model_base.BaseModel):
                 f"The CONDITIONING is {tokens.shape[-1]} wide, but this Mimir DiT reads text tokens that are "
                 f"{self.dit.text_embed_dim} wide. Encode the prompt with the T5 that belongs to this model."
             )
+
+
+class TextTokens(comfy.conds.CONDRegular):
+    """Text tokens (B, L, D) that share a batch with texts of another length: the shorter are padded in front.
+
+    TextLengths says which tokens are padding; attention leaves them out, so that they change nothing.
+    """
+
+    def can_concat(self, other: Any) -> bool:
+        mine, theirs = self.cond, other.cond
+        return mine.shape[::2] == theirs.shape[::2] and mine.device == theirs.device
+
+    def concat(self, others: Any) -> Tensor:
+        texts = [self.cond, *(other.cond for other in others)]
+        longest = max(text.shape[1] for text in texts)
+        return torch.cat([F.pad(text, (0, 0, longest - text.shape[1], 0)) for text in texts])
+
+
+class TextLengths(comfy.conds.CONDRegular):
+    """The number of text tokens of each batch item, a tuple of whole numbers."""
+
+    def process_cond(self, batch_size: int, **kwargs: Any) -> "TextLengths":
+        return self._copy_with(self.cond * batch_size)
+
+    def can_concat(self, other: Any) -> bool:
+        return True
+
+    def concat(self, others: Any) -> tuple[int, ...]:
+        return sum((other.cond for other in others), self.cond)
+
+    def size(self) -> list[int]:
+        return [len(self.cond)]
 
 
 def pad_frames(multiple: int) -> Callable[..., Tensor]:

@@ -138,16 +138,38 @@ def test_other_sizes_and_batches(load):
     )
 
 
-def test_condition_of_another_length_gives_what_the_pair_alone_gives(load):
-    """Four appended tokens on one side only: two batches, and no token repeated."""
-    _, model = load("5b")
+@pytest.mark.parametrize("variant", ["5b", "2b"])
+@pytest.mark.parametrize("longer_side", ["positive", "negative"])
+def test_texts_of_different_length_share_a_batch_and_change_nothing(load, variant, longer_side):
+    """Four tokens more on one side: one forward pass per step, and the numbers of two separate ones."""
+    _, model = load(variant)
     longer = torch.cat((prompt_embeds(), prompt_embeds(4, seed=9)), dim=1)
-    found = ksampler(model, conditioning(longer), conditioning(prompt_embeds(seed=6)), empty(), 3)
-    twice = ksampler(
-        model, conditioning(longer), conditioning(torch.cat((prompt_embeds(seed=6),) * 2, dim=1)), empty(), 3
-    )
-    assert torch.isfinite(found).all()
-    assert relative(found, twice) > 1e-3
+    sides = conditioning(longer), conditioning(prompt_embeds(seed=6))
+    positive, negative = sides if longer_side == "positive" else sides[::-1]
+    shapes: list[tuple[int, ...]] = []
+
+    def watch(executor: Any, x: Any, t: Any, context: torch.Tensor, *rest: Any) -> Any:
+        shapes.append(tuple(context.shape[:2]))
+        return executor(x, t, context, *rest)
+
+    watched = model.clone()
+    watched.add_wrapper_with_key("diffusion_model", "test", watch)
+    together = ksampler(watched, positive, negative, empty(batch=2), 3)
+    assert shapes == [(4, 20)] * 3
+
+    shapes.clear()
+    watched.model_options["sampler_calc_cond_batch_function"] = _one_by_one
+    apart = ksampler(watched, positive, negative, empty(batch=2), 3)
+    assert sorted(shapes) == [(2, 16)] * 3 + [(2, 20)] * 3
+    assert relative(together, apart) < 1e-5
+
+
+def _one_by_one(args: dict[str, Any]) -> list[torch.Tensor]:
+    """Each condition in a forward pass of its own."""
+    from comfy.samplers import calc_cond_batch
+
+    rest = (args["input"], args["sigma"], args["model_options"])
+    return [calc_cond_batch(args["model"], [cond], *rest)[0] for cond in args["conds"]]
 
 
 def test_sampler_node_is_ksampler_bit_for_bit(load, run_node):
