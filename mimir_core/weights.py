@@ -27,7 +27,7 @@ from .config import (
 )
 from .dit import CogVideoXTransformer
 from .fuser import TokenFuser
-from .headers import Checkpoint, Wanted, open_checkpoint, refusal
+from .headers import Checkpoint, Wanted, fingerprint, open_checkpoint, refusal
 from .phi import Phi3ForCausalLM
 from .recognise import (
     FileKind,
@@ -68,6 +68,7 @@ class Loaded(Generic[C]):
     config: C
     state: dict[str, Tensor]  # our model's names, dtype as on disk, on the CPU
     header: Mapping[str, Any]  # the file's metadata, our own entries decoded from JSON
+    origin: dict[str, str]  # which weights these are: {"file": name, "fingerprint": hexadecimal}
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,12 @@ def read_transformer(path: str | Path) -> LoadedTransformer:
     if any(map(quantised, state)):
         state = dequantised(state, torch.bfloat16)
     return LoadedTransformer(
-        checkpoint.path, config, state, checkpoint.header, _diffusion(checkpoint, config)
+        checkpoint.path,
+        config,
+        state,
+        checkpoint.header,
+        _origin(checkpoint),
+        _diffusion(checkpoint, config),
     )
 
 
@@ -106,7 +112,7 @@ def read_vae(path: str | Path) -> Loaded[dict[str, Any]]:
     config = dict(values) if values else infer_vae(_shapes(checkpoint, names))
     expected = build_vae(config, device="meta").state_dict()
     state = _state(checkpoint, names, _shapes_of(expected), VAE)
-    return Loaded(checkpoint.path, config, state, checkpoint.header)
+    return Loaded(checkpoint.path, config, state, checkpoint.header, _origin(checkpoint))
 
 
 def read_t5(path: str | Path) -> Loaded[T5Config]:
@@ -121,7 +127,8 @@ def read_t5(path: str | Path) -> Loaded[T5Config]:
     expected = {name: shapes.get(name, ()) for name in t5_names(config)}
     embeddings = {"shared.weight", "encoder.embed_tokens.weight"} & set(shapes)
     expected.update({name: (config.vocab_size, config.d_model) for name in embeddings})
-    return Loaded(checkpoint.path, config, _state(checkpoint, names, expected, T5), checkpoint.header)
+    state = _state(checkpoint, names, expected, T5)
+    return Loaded(checkpoint.path, config, state, checkpoint.header, _origin(checkpoint))
 
 
 def read_phi(path: str | Path) -> Loaded[PhiConfig]:
@@ -136,7 +143,8 @@ def read_phi(path: str | Path) -> Loaded[PhiConfig]:
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight", None)
         names = {name: ours for name, ours in names.items() if ours != "lm_head.weight"}
-    return Loaded(checkpoint.path, config, _state(checkpoint, names, expected, PHI), checkpoint.header)
+    state = _state(checkpoint, names, expected, PHI)
+    return Loaded(checkpoint.path, config, state, checkpoint.header, _origin(checkpoint))
 
 
 def read_fuser(path: str | Path) -> Loaded[FuserConfig]:
@@ -149,7 +157,7 @@ def read_fuser(path: str | Path) -> Loaded[FuserConfig]:
     with torch.device("meta"):
         expected = TokenFuser(config).state_dict()
     state = _state(checkpoint, names, _shapes_of(expected), FUSER)
-    return Loaded(checkpoint.path, config, state, checkpoint.header)
+    return Loaded(checkpoint.path, config, state, checkpoint.header, _origin(checkpoint))
 
 
 def load_transformer(
@@ -246,6 +254,10 @@ def _open(path: str | Path, wanted: Wanted, *kinds: str) -> tuple[Checkpoint, di
     if kind.kind not in kinds:
         raise refusal(checkpoint.path, kind.name, wanted)
     return checkpoint, model_names(checkpoint, kind, prefix)
+
+
+def _origin(checkpoint: Checkpoint) -> dict[str, str]:
+    return {"file": checkpoint.path.name, "fingerprint": fingerprint(*checkpoint.files)}
 
 
 def _settings(checkpoint: Checkpoint, key: str, expected: str) -> dict[str, Any] | None:

@@ -31,6 +31,7 @@ class Fuser:
     trained: bool
     module: TokenFuser | None = None
     patcher: ModelPatcher | None = None
+    origin: dict[str, str] | None = None  # which weights: {"file": name, "fingerprint": hexadecimal}
 
     @property
     def config(self) -> FuserConfig | None:
@@ -44,14 +45,16 @@ def untrained_fuser() -> Fuser:
 def load_fuser(path: Path) -> Fuser:
     """A fuser from its safetensors file, whose header holds its configuration."""
     source = weights.read_fuser(path)
-    return build_fuser(path.name, source.config, source.state)
+    return build_fuser(path.name, source.config, source.state, source.origin)
 
 
-def build_fuser(name: str, config: FuserConfig, state: dict[str, Tensor]) -> Fuser:
+def build_fuser(
+    name: str, config: FuserConfig, state: dict[str, Tensor], origin: dict[str, str] | None = None
+) -> Fuser:
     module = TokenFuser(config, ops=comfy.ops.manual_cast, dtype=next(iter(state.values())).dtype)
     module.load_state_dict(state)
     module.eval().requires_grad_(False)
-    return Fuser(name, is_trained(config, state), module, module_patcher(module))
+    return Fuser(name, is_trained(config, state), module, module_patcher(module), origin)
 
 
 def is_trained(config: FuserConfig, state: dict[str, Tensor]) -> bool:

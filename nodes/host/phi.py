@@ -43,6 +43,7 @@ def load_phi(path: Path, disable_dynamic: bool = False) -> comfy.sd.CLIP:
         tokenizer = PhiTokenizer.from_folder(path if path.is_dir() else path.parent)
     target = ClipTarget(partial(PhiTokens, tokenizer), partial(PhiModel, source.config, tokenizer.stop_ids))
     clip = build_clip(target, state, disable_dynamic, dtype=next(iter(state.values())).dtype)
+    clip.cond_stage_model.origin = source.origin
     clip.patcher.cached_patcher_init = (_reload, (path,))
     return clip
 
@@ -159,6 +160,7 @@ class PhiModel(nn.Module):
             config, ops=operations, attention=text_attention, device=device, dtype=dtype
         ).eval()
         self.execution_device: Any = None
+        self.origin: dict[str, str] | None = None  # which weights: {"file", "fingerprint"}
 
     def set_clip_options(self, options: dict[str, Any]) -> None:
         self.execution_device = options.get("execution_device", self.execution_device)

@@ -45,6 +45,7 @@ def load_t5(path: Path, length: int = TEXT_LENGTH, disable_dynamic: bool = False
         tokens = partial(T5Tokens, load_tokenizer(folder), length)
     target = ClipTarget(tokens, partial(T5Model, source.config, options))
     clip = build_clip(target, state, disable_dynamic)
+    clip.cond_stage_model.origin = source.origin
     clip.patcher.cached_patcher_init = (_reload, (path, length))
     return clip
 
