@@ -12,7 +12,9 @@ from mimir_core.llm import encode_known, encode_prompt
 from mimir_core.pipeline import Models, condition
 from mimir_core.tiny.captions import canonical
 from mimir_core.tiny.detector import judge
+from mimir_core.tiny.dit_train import DitTraining, read_answers
 from mimir_core.tiny.evaluate import ANSWER, generate, load_prompts
+from mimir_core.tiny.features import Features, make_shard
 from mimir_core.tiny.parts import WEIGHTS, load_parts
 
 
@@ -71,3 +73,20 @@ def test_fused_condition_has_four_more_tokens(parts):
     plain, fused = (condition(parts, "a red circle", strength, ANSWER) for strength in (0.0, 1.0))
     assert fused.shape[1] == plain.shape[1] + 4
     assert fused.isfinite().all()
+
+
+def test_the_recipe_trains_on_the_features_it_writes(parts, tmp_path):
+    """A shard on disk, read back, gives every stage a finite loss, and gradients to what it trains."""
+    make_shard(tmp_path / "0000.safetensors", 0, 0, parts.vae, parts.t5, parts.phi, parts.phi_tokenizer, 2)
+    features = Features.load(tmp_path, 1)
+    assert len(features.latents) == 2 and bool((features.query < features.length).all())
+    null = encode_prompt(parts.phi, parts.phi_tokenizer, "", max_answer_tokens=32)
+    training = DitTraining(features, parts.t5, null, parts.diffusion, seed=0)
+    for stage in (training.baseline, training.mimir, training.trust, training.settle):
+        loss = stage(1)
+        loss.backward()
+        assert torch.isfinite(loss)
+    read_answers(training.model)
+    training.settle(1).backward()
+    dit, fuser = training.model.dit, training.model.fuser
+    assert dit.proj_out.weight.grad.any() and fuser.llm_conv.weight.grad is not None

@@ -73,6 +73,7 @@ def make_shard(
         "t5": t5_tokens,
         "llm": llm,
         "length": length,
+        "query": query,
         "instruction": instruction,
         "t5_doubtful": doubtful,
     }
