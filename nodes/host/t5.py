@@ -14,6 +14,7 @@ import comfy.utils
 import torch
 from comfy import sd1_clip
 from comfy.supported_models_base import ClipTarget
+from comfy.text_encoders.t5 import T5
 from torch import Tensor
 
 from ...mimir_core import weights
@@ -57,23 +58,40 @@ def _reload(path: Path, length: int, disable_dynamic: bool = False) -> Any:
 def encode(clip: comfy.sd.CLIP, text: str) -> tuple[list[Any], str]:
     """CONDITIONING (1, n, D) of the prompt, and a sentence that says what T5 had to cut.
 
-    Takes our CLIP, or any CLIP of the host that is T5 alone, whose tokens are then cut and padded to 226.
+    Takes our CLIP, or any other that holds the host's T5-XXL, of whatever type and operations (fp8, GGUF):
+    its tokens are cut and padded to 226, its mask is left out, other encoders in it are not asked.
     """
-    tokens = clip.tokenize(text)
+    tokens = clip.tokenize(text, disable_weights=True)
     if NAME not in tokens:
         raise ValueError(_not_t5(tokens))
     if isinstance(clip.tokenizer, T5Tokens):
         cut, length = clip.tokenizer.read(text)[1], clip.tokenizer.length
     else:
         (tokens[NAME], cut), length = _fit(tokens[NAME]), TEXT_LENGTH
+        clip = _alone(clip)
     conditioning = clip.encode_from_tokens_scheduled(tokens)
     _check(conditioning, length)
     return conditioning, _report(cut)
 
 
+def _alone(clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
+    """`clip` with nothing but its T5; unchanged where that is no network of the host's."""
+    for part in clip.cond_stage_model.modules():
+        if isinstance(part, sd1_clip.SDClipModel) and isinstance(part.transformer, T5):
+            found = clip.clone()  # patches, hooks and layer go with it
+            found.cond_stage_model = T5Alone(part)
+            return found
+    return clip
+
+
 def _not_t5(tokens: Mapping[str, Any]) -> str:
     if "phi" in tokens:
         return "T5 Encode got Phi-3.5. Connect Load T5 here, and Phi-3.5 to Phi-3.5 Encode."
+    if "umt5xxl" in tokens:
+        return (
+            "T5 Encode got UMT5 (Wan's), which is as wide as T5-XXL but another text space. Connect Load T5 "
+            "with a t5xxl file."
+        )
     return f"T5 Encode needs a T5 encoder, but this CLIP is of kind {', '.join(tokens)}. Connect Load T5."
 
 
@@ -106,6 +124,26 @@ def _check(conditioning: list[Any], length: int) -> None:
                 f"This CLIP joins T5 with others: {tokens.shape[1]} tokens, but CogVideoX reads {length}. "
                 "Load T5 alone: Load T5, or core's Load CLIP with one T5 file."
             )
+
+
+class T5Alone:
+    """Stands for the network half of another loader's CLIP: its T5 as CogVideoX reads it, without a mask."""
+
+    def __init__(self, network: sd1_clip.SDClipModel) -> None:
+        self.network = network
+        self.set_clip_options, self.reset_clip_options = network.set_clip_options, network.reset_clip_options
+
+    def encode_token_weights(self, tokens: Mapping[str, Any]) -> tuple[Tensor, Any]:
+        """(1, n, D) of the T5 tokens among `tokens`, and nothing pooled."""
+        switches = dict.fromkeys(
+            ("enable_attention_masks", "return_attention_masks", "zero_out_masked"), False
+        )
+        before = {name: getattr(self.network, name) for name in switches}
+        try:
+            vars(self.network).update(switches)
+            return self.network.encode_token_weights(tokens[NAME])[0], None
+        finally:
+            vars(self.network).update(before)
 
 
 class T5Tokens:
