@@ -105,7 +105,11 @@ class HostDiT(CogVideoXTransformer):
     def _predict(
         self, x: Tensor, timestep: Tensor, context: Tensor, options: dict[str, Any], **_: Any
     ) -> Tensor:
-        return super().forward(x, timestep, context, options=options)
+        extra = -x.shape[2] % (self.config.patch_size_t or 1)
+        if not extra:
+            return super().forward(x, timestep, context, options=options)
+        # A part of a video (context windows of 1.5): its first frame again in front completes the patches.
+        return super().forward(_repeat_first(x, extra), timestep, context, options=options)[:, :, extra:]
 
     def run_blocks(self, video: Tensor, text: Tensor, temb: Tensor, rope: Any, options: Any) -> Tensor:
         """The core's loop, in which the host's patches may replace or follow a block."""
