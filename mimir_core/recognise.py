@@ -62,6 +62,11 @@ KINDS = (
     FileKind("lora", "a LoRA", ("*.lora_down.weight",)),
     FileKind("mimir-fuser", "a Mimir Token Fuser", ("llm_conv.weight",)),
     FileKind(
+        "mimir-conditioning",
+        "a saved condition (which Load Conditioning (Mimir) reads)",
+        ("mimir_conditioning",),
+    ),
+    FileKind(
         "cogvideox-transformer",
         "a CogVideoX transformer",
         ("patch_embed.text_proj.weight", "transformer_blocks.0.attn1.norm_q.weight"),

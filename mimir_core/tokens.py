@@ -1,6 +1,8 @@
 """What the language model hands to the fuser (and what travels on a MIMIR_TOKENS wire)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ class LlmTokens:
     answer_text: str
     instructions: tuple[str, ...]  # K entries
     layer: int  # which hidden state; -1 is the last one, after the final norm
+    made: Mapping[str, Any] | None = None  # the model's origin and settings, JSON-ready; None: unknown
 
     def __post_init__(self) -> None:
         found = (self.query.shape[1] + self.answer.shape[1], self.instruction.shape[1])

@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .conditioning import MimirLoadConditioning, MimirSaveConditioning
 from .decode import MimirVAEDecode, MimirVAEEncode
 from .encode import MimirPhiEncode, MimirT5Encode
 from .fuse import MimirTokenFuser
@@ -24,6 +25,8 @@ NODES: list[type[io.ComfyNode]] = [
     MimirSampler,
     MimirVAEDecode,
     MimirVAEEncode,
+    MimirSaveConditioning,
+    MimirLoadConditioning,
 ]
 
 

@@ -13,7 +13,9 @@ from torch import Tensor
 from ...mimir_core import weights
 from ...mimir_core.config import FUSER_PRESETS, FuserConfig
 from ...mimir_core.fuser import TokenFuser
+from ...mimir_core.provenance import NO_ORIGIN, UNKNOWN
 from ...mimir_core.tokens import LlmTokens
+from .conditioning import fused_options
 from .patcher import module_patcher
 
 UNTRAINED = "untrained (identity)"
@@ -21,6 +23,7 @@ AS_TRAINED = "as trained"
 PRESETS = [AS_TRAINED, *FUSER_PRESETS]
 SWITCHES = ("use_llm", "norm", "zero_conv", "stabilizer")
 IDENTITY_NOTE = "This fuser is untrained: T5's condition passes unchanged, bit for bit."
+STRENGTH_0_NOTE = "Strength 0: T5's condition passes unchanged, bit for bit."
 
 
 @dataclass(frozen=True)
@@ -89,17 +92,17 @@ def fuse(
 ) -> tuple[list[Any], str]:
     """The fused CONDITIONING, active inside `window` with T5 alone outside, and what was done in words."""
     require_range(*window)
-    if strength == 0:
-        return conditioning, "Strength 0: T5's condition passes unchanged, bit for bit."
-    if not fuser.trained or fuser.module is None or fuser.patcher is None:
-        return conditioning, IDENTITY_NOTE
+    made = {"llm": _made_llm(tokens), "fuser": _made_fuser(fuser, preset, strength, window)}
+    if strength == 0 or not fuser.trained or fuser.module is None or fuser.patcher is None:
+        passed = [[entry[0], fused_options(entry, entry[0], **made)] for entry in conditioning]
+        return passed, IDENTITY_NOTE if strength else STRENGTH_0_NOTE
     module = with_preset(fuser, preset)
     management.load_models_gpu([fuser.patcher])
     llm, instruction = tokens.sequence(module.config.llm_tokens), tokens.instruction
     fused: list[Any] = []
-    for text, options in conditioning:
-        joined = _run(module, fuser.patcher.load_device, text, llm, instruction, strength)
-        fused += _in_window(joined, text, options, window)
+    for entry in conditioning:
+        joined = _run(module, fuser.patcher.load_device, entry[0], llm, instruction, strength)
+        fused += _in_window([joined, fused_options(entry, joined, **made)], entry, window)
     lengths = conditioning[0][0].shape[1], fused[0][0].shape[1]
     return fused, _report(module.config, tokens, lengths, preset)
 
@@ -128,18 +131,35 @@ def _run(
     return module(text, llm, instruction, strength=strength).to(management.intermediate_device())
 
 
-def _in_window(
-    fused: Tensor, text: Tensor, options: dict[str, Any], window: tuple[float, float]
-) -> list[Any]:
+def _made_llm(tokens: LlmTokens) -> dict[str, Any]:
+    return {
+        **(tokens.made or NO_ORIGIN),
+        "prompt": tokens.prompt,
+        "instructions": "\n".join(tokens.instructions),
+        "answer": tokens.answer_text,
+        "layer": tokens.layer,
+    }
+
+
+def _made_fuser(fuser: Fuser, preset: str, strength: float, window: tuple[float, float]) -> dict[str, Any]:
+    origin = fuser.origin or {
+        "file": fuser.name,
+        "fingerprint": "none" if fuser.module is None else UNKNOWN,
+    }
+    return {**origin, "preset": preset, "strength": strength, "start": window[0], "end": window[1]}
+
+
+def _in_window(fused: list[Any], alone: list[Any], window: tuple[float, float]) -> list[Any]:
     """CONDITIONING entries: fused inside the window, T5 alone in what is left of the entry's own range."""
+    options = alone[1]
     first, last = options.get("start_percent", 0.0), options.get("end_percent", 1.0)
     start, end = max(first, window[0]), min(last, window[1])
     if start >= end:
-        return [[text, options]]
+        return [alone]
     if (start, end) == (first, last):
-        return [[fused, options]]
-    parts = [(fused, start, end), (text, first, start), (text, end, last)]
-    return [[part, {**options, "start_percent": a, "end_percent": b}] for part, a, b in parts if a < b]
+        return [fused]
+    parts = [(fused, start, end), (alone, first, start), (alone, end, last)]
+    return [[part[0], {**part[1], "start_percent": a, "end_percent": b}] for part, a, b in parts if a < b]
 
 
 def _report(config: FuserConfig, tokens: LlmTokens, lengths: tuple[int, int], preset: str) -> str:

@@ -19,6 +19,7 @@ from ...mimir_core.phi import Phi3ForCausalLM
 from ...mimir_core.text import PhiTokenizer
 from ...mimir_core.tokens import LlmTokens
 from .attention import text_attention
+from .conditioning import origin_of
 from .patcher import build_clip, plain_weights
 from .report import naming, progress, require_finite
 
@@ -90,7 +91,9 @@ def encode(
     states = {
         name: getattr(tokens, name).to(place, torch.float32) for name in ("query", "answer", "instruction")
     }
-    return replace(tokens, **states)
+    settings = {"answer_length": answer_tokens, "temperature": temperature, "seed": seed}
+    dtype = str(compute_dtype(network, device)).removeprefix("torch.")
+    return replace(tokens, **states, made={**origin_of(clip), "dtype": dtype, **settings})
 
 
 def report(tokens: LlmTokens, text: str) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 from ...mimir_core import weights
 from ...mimir_core.config import T5_PRESETS, T5Config
 from ...mimir_core.text import Cut, load_tokenizer, t5_tokens
+from .conditioning import record_text
 from .patcher import build_clip
 from .report import naming, require_finite
 
@@ -71,7 +72,7 @@ def encode(clip: comfy.sd.CLIP, text: str) -> tuple[list[Any], str]:
         clip = _alone(clip)
     conditioning = clip.encode_from_tokens_scheduled(tokens)
     _check(conditioning, length)
-    return conditioning, _report(cut)
+    return record_text(conditioning, clip, text, length, cut), _report(cut)
 
 
 def _alone(clip: comfy.sd.CLIP) -> comfy.sd.CLIP:

@@ -70,7 +70,9 @@ def test_untrained_passes_bit_for_bit_and_says_so(preset):
     for fuser in (host_fuser.untrained_fuser(), untrained_file()):
         text = condition()
         fused, note = fuse(fuser, text, preset=preset, start=0.2)
-        assert len(fused) == 1 and torch.equal(fused[0][0], text[0][0]) and fused[0][1] == text[0][1]
+        ((tokens, options),) = fused
+        assert torch.equal(tokens, text[0][0]) and {**options, **text[0][1]} == options
+        assert options["mimir"]["fuser"]["preset"] == preset
         assert "untrained" in note
 
 
