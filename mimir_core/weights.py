@@ -40,6 +40,7 @@ from .recognise import (
     recognise,
     t5_names,
 )
+from .scaled import dequantised, is_scaled, unread
 from .vae import build_vae
 
 C = TypeVar("C")
@@ -59,6 +60,7 @@ PHI = Wanted(
     "Phi-3.5-mini-instruct", "choose its Hugging Face folder (safetensors, index, config.json, tokenizer)"
 )
 FUSER = Wanted("a Mimir Token Fuser", "choose a fuser that this pack has trained, or 'untrained (identity)'")
+READABLE = Wanted("one in fp8, fp16 or bf16", "get that version of it")
 ANY = Wanted("a model", "choose a safetensors file or a model's folder")
 
 
@@ -81,8 +83,11 @@ def inspect(path: str | Path) -> FileKind:
     return recognise(open_checkpoint(path, ANY))[0]
 
 
-def read_transformer(path: str | Path) -> LoadedTransformer:
-    """A CogVideoX text-to-video transformer in diffusers' or ComfyUI's layout, any size."""
+def read_transformer(path: str | Path, plain: bool = True) -> LoadedTransformer:
+    """A CogVideoX text-to-video transformer in diffusers' or ComfyUI's layout, any size.
+
+    plain: scaled fp8 weights as bfloat16; else they stay as they are and their scales in `state`.
+    """
     checkpoint, names = _open(path, TRANSFORMER, "cogvideox-transformer", "cogvideox-comfy")
     shapes = _shapes(checkpoint, names)
     other = dit_variant(shapes)
@@ -93,7 +98,7 @@ def read_transformer(path: str | Path) -> LoadedTransformer:
     with torch.device("meta"):
         expected = CogVideoXTransformer(config).state_dict()
     state = _state(checkpoint, names, _shapes_of(expected), TRANSFORMER)
-    if any(map(quantised, state)):
+    if plain and is_scaled(state):
         state = dequantised(state, torch.bfloat16)
     return LoadedTransformer(
         checkpoint.path,
@@ -201,18 +206,6 @@ def load_fuser(
     return _filled(TokenFuser(found.config, device="meta"), found.state, device, dtype)
 
 
-def dequantised(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Plain weights of a scaled fp8 state: weight * scale in `dtype`, the scales themselves left out."""
-    plain: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if quantised(name):
-            continue
-        base = name.removesuffix(".weight")
-        scale = state.get(f"{base}.scale_weight", state.get(f"{base}.weight_scale"))
-        plain[name] = tensor.to(dtype) if scale is None else (tensor.float() * scale.float()).to(dtype)
-    return plain
-
-
 def save_transformer(
     path: str | Path,
     config: DiTConfig,
@@ -303,6 +296,9 @@ def _state(
     checkpoint: Checkpoint, names: Mapping[str, str], expected: Mapping[str, tuple[int, ...]], wanted: Wanted
 ) -> dict[str, Tensor]:
     """The tensors under our names. ValueError unless exactly the expected ones are there, shapes included."""
+    other = unread({ours: checkpoint.tensors[name] for name, ours in names.items()})
+    if other is not None:
+        raise refusal(checkpoint.path, f"{wanted.name} that is {other}", READABLE)
     found = {ours: checkpoint.tensors[name].shape for name, ours in names.items()}
     extra = [name for name in found if name not in expected and not quantised(name)]
     missing = [name for name in expected if name not in found]

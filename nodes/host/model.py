@@ -15,6 +15,7 @@ import comfy.model_management as management
 import comfy.model_patcher
 import comfy.model_sampling
 import comfy.supported_models_base
+import comfy.utils
 import torch
 import torch.nn.functional as F
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
@@ -24,9 +25,11 @@ from ...mimir_core import weights
 from ...mimir_core.config import DiffusionConfig, DiTConfig
 from ...mimir_core.diffusion import alphas_cumprod
 from ...mimir_core.dit import CogVideoXTransformer
+from ...mimir_core.scaled import dequantised, is_scaled
 from .attention import PADDING, host_attention, log_choice
+from .fp8 import Weights, as_they_are, keep_fine_parts
 from .latent import MimirLatent
-from .patcher import core_patcher, plain_weights
+from .patcher import core_patcher
 
 KEY = "mimir"
 # The host's stand-in for a signal of exactly zero, whose sigma would be infinite.
@@ -52,10 +55,9 @@ def load_dit(
     `dtype` is a key of DTYPES. ValueError, in one sentence, when the file is something else. The signature is
     also that of the host's reload factory (`cached_patcher_init`).
     """
-    source = weights.read_transformer(path)
-    state = plain_weights(source.state)
+    source = weights.read_transformer(path, plain=False)
     log_choice()
-    config = _host_config(source.config, source.diffusion, dtype, state)
+    config, state = _host_config(source.config, source.diffusion, dtype, source.state)
     config.latent_format = MimirLatent(source.diffusion.latent_scale, source.header.get("preview"))
     model = MimirModel(config, source.config, source.diffusion)
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else core_patcher()
@@ -63,6 +65,8 @@ def load_dit(
         model, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
     )
     assigns = "assign" in inspect.signature(model.load_model_weights).parameters  # 0.33
+    if config.unet_config["dtype"].itemsize == 1:
+        keep_fine_parts(model.diffusion_model, state, cast=dtype != "default")
     model.load_model_weights(state, "", **({"assign": patcher.is_dynamic()} if assigns else {}))
     patcher.cached_patcher_init = (load_dit, (path, dtype))
     if source.config.patch_size_t:
@@ -266,24 +270,48 @@ class _Config(comfy.supported_models_base.BASE):
 
 def _host_config(
     dit: DiTConfig, diffusion: DiffusionConfig, dtype: str, state: Mapping[str, Tensor]
-) -> _Config:
-    """The host's description of a model: what to build, how to sample, which dtypes."""
+) -> tuple[_Config, dict[str, Tensor]]:
+    """The host's description of a model: what to build, how to sample, which dtypes; and the state for it."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype is '{dtype}', expected one of {', '.join(DTYPES)}")
     config = _Config({"image_model": KEY, "dit": dit})
     config.sampling_settings = {"diffusion": diffusion, "timesteps": diffusion.num_train_timesteps}
     config.memory_usage_factor = memory_factor(dit)
-    weight_dtype, fast = DTYPES[dtype]
-    device, supported = management.get_torch_device(), config.supported_inference_dtypes
-    if weight_dtype is None:
-        weight_dtype = management.unet_dtype(
-            model_params=sum(tensor.numel() for tensor in state.values()),
-            supported_dtypes=supported,
-            weight_dtype=next(iter(state.values())).dtype,
-        )
-    config.set_inference_dtype(weight_dtype, management.unet_manual_cast(weight_dtype, device, supported))
+    wanted, fast = DTYPES[dtype]
+    found = _weights(config, state, wanted, fast)
+    if found.kept:
+        config.custom_operations, wanted = found.operations, _automatic(config, state, None)
+        if hasattr(type(config), "layer_quant_config"):  # 0.3.75 writes it into files that it saves
+            config.layer_quant_config = found.layers
+    wanted = wanted or _automatic(config, found.state, comfy.utils.weight_dtype(found.state))
+    config.set_inference_dtype(wanted, _cast(config, wanted))
     config.optimizations["fp8"] = fast
-    return config
+    return config, found.state
+
+
+def _weights(config: _Config, state: Mapping[str, Tensor], wanted: torch.dtype | None, fast: bool) -> Weights:
+    """Scaled fp8 stays as it is unless another dtype is `wanted`, which it then becomes exactly once."""
+    wide = wanted if wanted is not None and wanted.itemsize > 1 else None
+    if is_scaled(state) and (wide or wanted == torch.float8_e5m2):
+        return Weights(dequantised(state, wide or torch.bfloat16), None, {})
+    stored = _automatic(config, state, None)
+    return as_they_are(state, _cast(config, stored) or stored, torch.bfloat16, fast)
+
+
+def _automatic(config: _Config, state: Mapping[str, Tensor], on_disk: torch.dtype | None) -> torch.dtype:
+    """What the host stores a model in that has these weights."""
+    return management.unet_dtype(
+        model_params=sum(tensor.numel() for tensor in state.values()),
+        supported_dtypes=config.supported_inference_dtypes,
+        weight_dtype=on_disk,
+    )
+
+
+def _cast(config: _Config, stored: torch.dtype) -> torch.dtype | None:
+    """What the host computes in with weights of dtype `stored`; None: in that dtype."""
+    return management.unet_manual_cast(
+        stored, management.get_torch_device(), config.supported_inference_dtypes
+    )
 
 
 def memory_factor(dit: DiTConfig) -> float:

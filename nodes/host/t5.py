@@ -10,7 +10,6 @@ from typing import Any
 
 import comfy.sd
 import comfy.text_encoders.sd3_clip as host_t5
-import comfy.utils
 import torch
 from comfy import sd1_clip
 from comfy.supported_models_base import ClipTarget
@@ -21,12 +20,14 @@ from ...mimir_core import weights
 from ...mimir_core.config import T5_PRESETS, T5Config
 from ...mimir_core.text import Cut, load_tokenizer, t5_tokens
 from .conditioning import record_text
+from .fp8 import as_they_are
 from .patcher import build_clip
 from .report import naming, require_finite
 
 NAME = "t5xxl"  # the key of T5 tokens in every CLIP of the host, whatever the size
 TEXT_LENGTH = 226  # CogVideoX's; Mimir Tiny has its own
 EOS, PAD = 1, 0
+MASK = "attention_mask"
 HOST_TOKENIZER = Path(str(host_t5.__file__)).parent / "t5_tokenizer"
 
 
@@ -42,7 +43,7 @@ def load_t5(path: Path, length: int = TEXT_LENGTH, disable_dynamic: bool = False
     embedding = state.pop("encoder.embed_tokens.weight", None)  # the same tensor under its second name
     if embedding is not None:
         state.setdefault("shared.weight", embedding)
-    state, options = _quantisation(state, source.header)
+    state, options = _options(state)
     with naming(path):
         tokens = partial(T5Tokens, load_tokenizer(folder), length)
     target = ClipTarget(tokens, partial(T5Model, source.config, options))
@@ -72,7 +73,13 @@ def encode(clip: comfy.sd.CLIP, text: str) -> tuple[list[Any], str]:
         clip = _alone(clip)
     conditioning = clip.encode_from_tokens_scheduled(tokens)
     _check(conditioning, length)
+    conditioning = [[entry[0], {**entry[1], MASK: _all_read(entry[0])}] for entry in conditioning]
     return record_text(conditioning, clip, text, length, cut), _report(cut)
+
+
+def _all_read(tokens: Tensor) -> Tensor:
+    """The mask (B, n) of CogVideoX, which reads padding too; LTXV and Mochi do not run without one."""
+    return torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
 
 
 def _alone(clip: comfy.sd.CLIP) -> comfy.sd.CLIP:
@@ -181,12 +188,12 @@ class T5Model(sd1_clip.SD1ClipModel):
     def __init__(
         self,
         config: T5Config,
-        quantisation: Mapping[str, Any],
+        weights_are: Mapping[str, Any],
         device: Any = "cpu",
         dtype: Any = None,
         model_options: Any = None,
     ) -> None:
-        options = {**(model_options or {}), **quantisation, f"{NAME}_model_config": _host_config(config)}
+        options = {**(model_options or {}), **weights_are, f"{NAME}_model_config": _host_config(config)}
         dtype = options.pop("dtype_t5", dtype)
         super().__init__(
             device=device, dtype=dtype, name=NAME, clip_model=host_t5.T5XXLModel, model_options=options
@@ -198,17 +205,11 @@ def _host_config(config: T5Config) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def _quantisation(
-    state: dict[str, Tensor], header: Mapping[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state as this host wants it, and what its T5 must be told about scaled fp8 weights."""
-    if hasattr(comfy.utils, "convert_old_quants"):  # 0.33
-        state, _ = comfy.utils.convert_old_quants(state, model_prefix="", metadata=dict(header))
-    elif any(name.endswith((".comfy_quant", ".weight_scale")) for name in state):  # newer than the host
-        state = weights.dequantised(state, torch.float16)
-    elif "scaled_fp8" in state:  # 0.3.75 wants the mark empty, whatever the file's looks like
-        state["scaled_fp8"] = state["scaled_fp8"].new_zeros(0)
-    found = host_t5.t5_xxl_detect(state)
-    if "t5_quantization_metadata" in found:
-        found[f"{NAME}_quantization_metadata"] = found.pop("t5_quantization_metadata")
-    return state, found
+def _options(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state as this host wants it, and what its T5 must be told: dtype, operations for scaled fp8."""
+    dtype = state["encoder.final_layer_norm.weight"].dtype
+    found = as_they_are(state, dtype, torch.float16)
+    options: dict[str, Any] = {"dtype_t5": dtype}
+    if found.kept:
+        options["custom_operations"] = found.operations
+    return found.state, options
