@@ -39,6 +39,7 @@ OBJECTS = {
 }
 
 Condition = list[list[Any]]
+WRONG = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what a damaged header leads to
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def load_conditions(path: str | Path) -> Saved:
     try:
         header = json.loads(metadata[MARK])
         version = int(header["format"])
-    except (ValueError, KeyError, TypeError) as error:
+    except WRONG as error:
         raise _damaged(path) from error
     if version > FORMAT:
         raise ValueError(
@@ -116,7 +117,7 @@ def load_conditions(path: str | Path) -> Saved:
         tensors = {name: tensor.clone() for name, tensor in load_file(str(path)).items()}
         sides = [header[side] and [_unpacked(entry, tensors) for entry in header[side]] for side in SIDES]
         precision, pack = str(header["precision"]), str(header["pack"])
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (*WRONG, SafetensorError) as error:
         raise _damaged(path) from error
     if not sides[0]:
         raise _damaged(path)

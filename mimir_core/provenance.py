@@ -162,15 +162,16 @@ def _origins_differ(name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any
     if a is None and b is None:
         return
     if a is None or b is None:
-        yield f"{name}: {_two(_origin(a), _origin(b))}"
+        yield f"{name}: the file has {_weights(a)}, the graph has {_weights(b)}"
         return
-    if UNKNOWN in (a.get("fingerprint"), b.get("fingerprint")):
-        side = "the file" if a.get("fingerprint") == UNKNOWN else "the graph"
+    marks = a.get("fingerprint", UNKNOWN), b.get("fingerprint", UNKNOWN)
+    if UNKNOWN in marks:
+        side = "the file" if marks[0] == UNKNOWN else "the graph"
         yield f"{name}: {side} does not know which weights it used, so they cannot be compared"
-    elif a.get("fingerprint") != b.get("fingerprint"):
-        yield f"{name}: {_two(_origin(a), _origin(b))}"
+    elif marks[0] != marks[1]:
+        yield f"{name}: the file has {_weights(a)}, the graph has {_weights(b)}"
     for field in ("changed", "dtype"):
-        if a.get(field) != b.get(field):
+        if a.get(field) != b.get(field) and (field == "changed" or UNKNOWN not in marks):
             yield f"{name}, {field}: {_two(a.get(field), b.get(field))}"
 
 
@@ -219,12 +220,16 @@ def _describe_llm(llm: Mapping[str, Any], prompt: Any) -> list[str]:
 
 
 def _origin(origin: Any) -> str:
+    found = dict(origin) if isinstance(origin, Mapping) else {}
+    name = f"{_weights(origin)}, {found['dtype']}" if found.get("dtype") else _weights(origin)
+    return f"{name}, with {found['changed']}" if found.get("changed") else name
+
+
+def _weights(origin: Any) -> str:
     if not isinstance(origin, Mapping):
         return "none"
     file, mark = origin.get("file", UNKNOWN), str(origin.get("fingerprint", UNKNOWN))
-    name = f"{file} ({mark[:SHORT]})" if mark != UNKNOWN else f"{file} weights"
-    name = f"{name}, {origin['dtype']}" if origin.get("dtype") else name
-    return f"{name}, with {origin['changed']}" if origin.get("changed") else name
+    return f"{file} ({mark[:SHORT]})" if mark != UNKNOWN else f"{file} weights"
 
 
 def _listed(values: Mapping[str, Any], *names: str) -> str:
