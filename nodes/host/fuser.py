@@ -7,6 +7,7 @@ from typing import Any
 import comfy.model_management as management
 import comfy.ops
 import torch
+import torch.nn.functional as F
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from .patcher import module_patcher
 UNTRAINED = "untrained (identity)"
 AS_TRAINED = "as trained"
 PRESETS = [AS_TRAINED, *FUSER_PRESETS]
+MASK = "attention_mask"  # the host's option that says which tokens a model is to read, (B, n)
 SWITCHES = ("use_llm", "norm", "zero_conv", "stabilizer")
 IDENTITY_NOTE = "This fuser is untrained: T5's condition passes unchanged, bit for bit."
 STRENGTH_0_NOTE = "Strength 0: T5's condition passes unchanged, bit for bit."
@@ -100,9 +102,11 @@ def fuse(
     management.load_models_gpu([fuser.patcher])
     llm, instruction = tokens.sequence(module.config.llm_tokens), tokens.instruction
     fused: list[Any] = []
+    read = llm.shape[1] if module.config.use_llm else 0
     for entry in conditioning:
         joined = _run(module, fuser.patcher.load_device, entry[0], llm, instruction, strength)
-        fused += _in_window([joined, fused_options(entry, joined, **made)], entry, window)
+        joined, masked = _with_mask(joined, entry, read)
+        fused += _in_window([joined, fused_options(masked, joined, **made)], entry, window)
     lengths = conditioning[0][0].shape[1], fused[0][0].shape[1]
     return fused, _report(module.config, tokens, lengths, preset)
 
@@ -129,6 +133,24 @@ def _run(
     """Computed in float32 on `device`, returned where the host keeps such things."""
     text, llm, instruction = (tensor.to(device, torch.float32) for tensor in (text, llm, instruction))
     return module(text, llm, instruction, strength=strength).to(management.intermediate_device())
+
+
+def _with_mask(fused: Tensor, entry: list[Any], read: int) -> tuple[Tensor, list[Any]]:
+    """The fused tokens, and `entry` with its attention mask, if it has one, for them.
+
+    The mask now reads what was added as well: at the first `read` tokens, and all that were appended. Tokens
+    that it reads are put first, since some models (Mochi) only count them.
+    """
+    text, options = entry[0], entry[1]
+    if options.get(MASK) is None:
+        return fused, entry
+    live = options[MASK].to(fused.device)[:, : text.shape[1]] != 0  # (1 or B, n)
+    live = F.pad(live, (0, fused.shape[1] - live.shape[1]), value=True)
+    live[:, : min(read, text.shape[1])] = True
+    order = (~live).byte().argsort(dim=1, stable=True)
+    places = order[..., None].expand(fused.shape[0], -1, fused.shape[2])
+    mask = live.gather(1, order).to(options[MASK].dtype)
+    return fused.gather(1, places), [text, {**options, MASK: mask}]
 
 
 def _made_llm(tokens: LlmTokens) -> dict[str, Any]:
