@@ -78,6 +78,20 @@ class LoadedTransformer(Loaded[DiTConfig]):
     diffusion: DiffusionConfig
 
 
+@dataclass(frozen=True)
+class Checked(Generic[C]):
+    """A model's files whose headers have been found complete, and whose tensors have not been read."""
+
+    checkpoint: Checkpoint
+    config: C
+    names: dict[str, str]  # {name in the file: name in our model}
+
+    def read(self) -> Loaded[C]:
+        checkpoint = self.checkpoint
+        state = checkpoint.load(self.names)
+        return Loaded(checkpoint.path, self.config, state, checkpoint.header, _origin(checkpoint))
+
+
 def inspect(path: str | Path) -> FileKind:
     """What lies at `path`. ValueError only when it cannot be read as safetensors."""
     return recognise(open_checkpoint(path, ANY))[0]
@@ -88,6 +102,39 @@ def read_transformer(path: str | Path, plain: bool = True) -> LoadedTransformer:
 
     plain: scaled fp8 weights as bfloat16; else they stay as they are and their scales in `state`.
     """
+    checked = check_transformer(path)
+    found = checked.read()
+    state = found.state
+    if plain and is_scaled(state):
+        state = dequantised(state, torch.bfloat16)
+    diffusion = _diffusion(checked.checkpoint, found.config)
+    return LoadedTransformer(found.path, found.config, state, found.header, found.origin, diffusion)
+
+
+def read_vae(path: str | Path) -> Loaded[dict[str, Any]]:
+    """A CogVideoX VAE; its configuration is diffusers' config.json values."""
+    return check_vae(path).read()
+
+
+def read_t5(path: str | Path) -> Loaded[T5Config]:
+    """A T5 v1.1 encoder. fp8 weights stay as they are, their scales stay in `state` (see `dequantised`)."""
+    return check_t5(path).read()
+
+
+def read_phi(path: str | Path) -> Loaded[PhiConfig]:
+    """Phi-3.5. Its config.json must lie beside it (or in its header): rope factors are not in the weights."""
+    return check_phi(path).read()
+
+
+def read_fuser(path: str | Path) -> Loaded[FuserConfig]:
+    """A Token Fuser; its configuration must be in the file's header."""
+    return check_fuser(path).read()
+
+
+# check_*: the same files as read_*, and the same refusals, from their headers alone.
+
+
+def check_transformer(path: str | Path) -> Checked[DiTConfig]:
     checkpoint, names = _open(path, TRANSFORMER, "cogvideox-transformer", "cogvideox-comfy")
     shapes = _shapes(checkpoint, names)
     other = dit_variant(shapes)
@@ -97,31 +144,18 @@ def read_transformer(path: str | Path, plain: bool = True) -> LoadedTransformer:
     config = _configured(DiTConfig, values, checkpoint) if values else infer_dit(shapes)
     with torch.device("meta"):
         expected = CogVideoXTransformer(config).state_dict()
-    state = _state(checkpoint, names, _shapes_of(expected), TRANSFORMER)
-    if plain and is_scaled(state):
-        state = dequantised(state, torch.bfloat16)
-    return LoadedTransformer(
-        checkpoint.path,
-        config,
-        state,
-        checkpoint.header,
-        _origin(checkpoint),
-        _diffusion(checkpoint, config),
-    )
+    return _complete(Checked(checkpoint, config, names), _shapes_of(expected), TRANSFORMER)
 
 
-def read_vae(path: str | Path) -> Loaded[dict[str, Any]]:
-    """A CogVideoX VAE; its configuration is diffusers' config.json values."""
+def check_vae(path: str | Path) -> Checked[dict[str, Any]]:
     checkpoint, names = _open(path, VAE, "cogvideox-vae")
     values = _settings(checkpoint, "_class_name", "AutoencoderKLCogVideoX")
     config = dict(values) if values else infer_vae(_shapes(checkpoint, names))
     expected = build_vae(config, device="meta").state_dict()
-    state = _state(checkpoint, names, _shapes_of(expected), VAE)
-    return Loaded(checkpoint.path, config, state, checkpoint.header, _origin(checkpoint))
+    return _complete(Checked(checkpoint, config, names), _shapes_of(expected), VAE)
 
 
-def read_t5(path: str | Path) -> Loaded[T5Config]:
-    """A T5 v1.1 encoder. fp8 weights stay as they are, their scales stay in `state` (see `dequantised`)."""
+def check_t5(path: str | Path) -> Checked[T5Config]:
     checkpoint, names = _open(path, T5, "t5-encoder")
     names = {
         name: ours for name, ours in names.items() if not ours.startswith(("decoder.", "lm_head", "spiece"))
@@ -132,12 +166,10 @@ def read_t5(path: str | Path) -> Loaded[T5Config]:
     expected = {name: shapes.get(name, ()) for name in t5_names(config)}
     embeddings = {"shared.weight", "encoder.embed_tokens.weight"} & set(shapes)
     expected.update({name: (config.vocab_size, config.d_model) for name in embeddings})
-    state = _state(checkpoint, names, expected, T5)
-    return Loaded(checkpoint.path, config, state, checkpoint.header, _origin(checkpoint))
+    return _complete(Checked(checkpoint, config, names), expected, T5)
 
 
-def read_phi(path: str | Path) -> Loaded[PhiConfig]:
-    """Phi-3.5. Its config.json must lie beside it (or in its header): rope factors are not in the weights."""
+def check_phi(path: str | Path) -> Checked[PhiConfig]:
     checkpoint, names = _open(path, PHI, "phi3")
     values = _settings(checkpoint, "model_type", "phi3")
     if not values:
@@ -148,12 +180,10 @@ def read_phi(path: str | Path) -> Loaded[PhiConfig]:
     if config.tie_word_embeddings:
         expected.pop("lm_head.weight", None)
         names = {name: ours for name, ours in names.items() if ours != "lm_head.weight"}
-    state = _state(checkpoint, names, expected, PHI)
-    return Loaded(checkpoint.path, config, state, checkpoint.header, _origin(checkpoint))
+    return _complete(Checked(checkpoint, config, names), expected, PHI)
 
 
-def read_fuser(path: str | Path) -> Loaded[FuserConfig]:
-    """A Token Fuser; its configuration must be in the file's header."""
+def check_fuser(path: str | Path) -> Checked[FuserConfig]:
     checkpoint, names = _open(path, FUSER, "mimir-fuser")
     values = checkpoint.header.get("config")
     if not isinstance(values, dict):
@@ -161,8 +191,7 @@ def read_fuser(path: str | Path) -> Loaded[FuserConfig]:
     config = _configured(FuserConfig, values, checkpoint)
     with torch.device("meta"):
         expected = TokenFuser(config).state_dict()
-    state = _state(checkpoint, names, _shapes_of(expected), FUSER)
-    return Loaded(checkpoint.path, config, state, checkpoint.header, _origin(checkpoint))
+    return _complete(Checked(checkpoint, config, names), _shapes_of(expected), FUSER)
 
 
 def load_transformer(
@@ -292,17 +321,16 @@ def _json(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is not valid JSON ({error}): download it again.") from error
 
 
-def _state(
-    checkpoint: Checkpoint, names: Mapping[str, str], expected: Mapping[str, tuple[int, ...]], wanted: Wanted
-) -> dict[str, Tensor]:
-    """The tensors under our names. ValueError unless exactly the expected ones are there, shapes included."""
+def _complete(found: Checked[C], expected: Mapping[str, tuple[int, ...]], wanted: Wanted) -> Checked[C]:
+    """`found`. ValueError unless exactly the expected tensors are there, shapes included."""
+    checkpoint, names = found.checkpoint, found.names
     other = unread({ours: checkpoint.tensors[name] for name, ours in names.items()})
     if other is not None:
         raise refusal(checkpoint.path, f"{wanted.name} that is {other}", READABLE)
-    found = {ours: checkpoint.tensors[name].shape for name, ours in names.items()}
-    extra = [name for name in found if name not in expected and not quantised(name)]
-    missing = [name for name in expected if name not in found]
-    wrong = [name for name, shape in expected.items() if name in found and shape and found[name] != shape]
+    shapes = _shapes(checkpoint, names)
+    extra = [name for name in shapes if name not in expected and not quantised(name)]
+    missing = [name for name in expected if name not in shapes]
+    wrong = [name for name, shape in expected.items() if name in shapes and shape and shapes[name] != shape]
     problems = [
         _listed("lacks", missing),
         _listed("has unknown", extra),
@@ -314,7 +342,7 @@ def _state(
             f"{checkpoint.path.name} is not a complete {wanted.name.partition(' ')[2] or wanted.name}: it "
             f"{', '.join(problems)}; {wanted.remedy}, and download it again if it should be one."
         )
-    return checkpoint.load(names)
+    return found
 
 
 def _listed(verb: str, names: Iterable[str]) -> str:
