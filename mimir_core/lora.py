@@ -104,7 +104,7 @@ class Match:
             reasons.setdefault(reason, []).append(name)
         left = "; ".join(f"{len(names)} {reason} ({_some(names)})" for reason, names in reasons.items())
         return (
-            f"matched {len(self.places)} of {self.total} modules ({self._strength()}); "
+            f"matched {len(self.places)} of {_modules(self.total)} ({self._strength()}); "
             f"unmatched: {left or 'none'}{self.note}"
         )
 
@@ -128,8 +128,8 @@ class Match:
 def match_lora(path: str | Path, parameters: Mapping[str, Shape]) -> Match:
     """Read the header of a LoRA file for a model whose `parameters` are {diffusers' name: shape}.
 
-    ValueError, in one sentence, when it is another model's LoRA (Flux and Mochi ones partly fit by shape), fits
-    nothing, was made for another width, or is of a kind that cannot be applied exactly.
+    ValueError, in one sentence, when it is another model's LoRA (Flux and Mochi ones partly fit by shape),
+    fits nothing, was made for another width, or is of a kind that cannot be applied exactly.
     """
     checkpoint, modules = open_checkpoint(path, LORA), Modules(parameters)
     found = _found(checkpoint)
@@ -173,7 +173,7 @@ def _refuse_foreign(checkpoint: Checkpoint, homes: Mapping[str, str | None], mod
     strangers = [stem for stem, module in homes.items() if module is None]
     model = foreign_model(strangers)
     if model is not None:
-        words = f"a LoRA for {model}, and {len(strangers)} of its {len(homes)} modules are not in CogVideoX"
+        words = f"a LoRA for {model}: CogVideoX lacks {len(strangers)} of its {_modules(len(homes))}"
         raise refusal(checkpoint.path, words, LORA)
     blocks = [block for stem in strangers if (block := modules.beyond(stem)) is not None]
     if blocks:
@@ -185,7 +185,7 @@ def _refuse_kinds(checkpoint: Checkpoint, found: Mapping[str, Mapping[str, str]]
     for kind in UNSUPPORTED:
         count = sum(kind in parts for parts in found.values())
         if count:
-            words = f"{kind} for {count} modules, which cannot be applied exactly"
+            words = f"{kind} for {_modules(count)}, which cannot be applied exactly"
             raise refusal(checkpoint.path, words, PLAIN)
 
 
@@ -288,8 +288,10 @@ def _mismatch(module: str, found: Shape, wanted: Shape | None) -> str:
 
 def _nothing(checkpoint: Checkpoint, total: int, text: list[Left], left: list[Left]) -> ValueError:
     if not left:
-        return refusal(checkpoint.path, f"a LoRA for {len(text)} modules of a text encoder", LORA)
-    words = f"a LoRA for {total} modules, none of which fits (the first, {left[0].name}, is {left[0].reason})"
+        return refusal(checkpoint.path, f"a LoRA for {_modules(len(text))} of a text encoder", LORA)
+    words = (
+        f"a LoRA for {_modules(total)}, none of which fits (the first, {left[0].name}, is {left[0].reason})"
+    )
     return refusal(checkpoint.path, words, LORA)
 
 
@@ -373,6 +375,10 @@ def _unfused(module: str, adapter: Adapter) -> Iterator[tuple[str, Adapter]]:
             for part, tensor in adapter.tensors.items()
         }
         yield name, Adapter(tensors if fused(module) else adapter.tensors, adapter.alpha)
+
+
+def _modules(count: int) -> str:
+    return f"{count} module" if count == 1 else f"{count} modules"
 
 
 def _span(values: Iterable[float]) -> str:

@@ -1,8 +1,8 @@
 """What LoRA files call the modules of a CogVideoX transformer, and what only other models' LoRAs contain.
 
 Layouts: diffusers, PEFT and finetrainers (`transformer.`, `base_model.model.`, `lora_A`), kohya and
-VideoX-Fun (`lora_unet_` and `lora_unet__`, underscores for dots), core's trainer (`diffusion_model.`), ComfyUI's
-native CogVideoX (`blocks.0.q`), CogVideoX's own SAT code (`matrix_A.0`), with q, k and v apart or fused.
+VideoX-Fun (`lora_unet_` and `lora_unet__`, underscores for dots), core's trainer (`diffusion_model.`),
+ComfyUI's native CogVideoX (`blocks.0.q`), CogVideoX's own SAT code (`matrix_A.0`); q, k and v apart or fused.
 """
 
 import re
@@ -94,7 +94,7 @@ def of_text_encoder(stem: str) -> bool:
 
 def foreign_model(stems: list[str]) -> str | None:
     """The model whose LoRA has such modules, told from names that are not CogVideoX's."""
-    flat = [stem.replace(".", "_") for stem in stems]
+    flat = [_stripped(stem).replace(".", "_") for stem in stems]
     for model, pattern in _FOREIGN.items():
         if any(re.search(pattern, stem) for stem in flat):
             return model
@@ -117,12 +117,7 @@ class Modules:
         flat = _FLAT.match(stem)
         if flat:
             return self._flat.get(stem[flat.end() :])
-        while stem not in self._dotted:
-            prefix = next((prefix for prefix in _PREFIXES if stem.startswith(prefix)), None)
-            if prefix is None:
-                return None
-            stem = stem[len(prefix) :]
-        return self._dotted[stem]
+        return self._dotted.get(_stripped(stem))
 
     def shape(self, module: str, kind: str = "weight") -> Shape | None:
         """(3 * D, D) of `...attn1.to_qkv`, whose parts are apart in our model. None: there is no such one."""
@@ -155,6 +150,12 @@ def fused(module: str) -> bool:
 def parts_of(module: str) -> list[str]:
     """The modules of our model that a file's module stands for."""
     return [f"{module[:-3]}{name}" for name in "qkv"] if fused(module) else [module]
+
+
+def _stripped(stem: str) -> str:
+    """A dotted name without what stands before the transformer's own names."""
+    prefix = next((prefix for prefix in _PREFIXES if stem.startswith(prefix)), None)
+    return stem if prefix is None else _stripped(stem[len(prefix) :])
 
 
 def _aliases(module: str) -> Iterator[str]:

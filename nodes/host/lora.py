@@ -1,5 +1,7 @@
-"""LoRA files as patches of a MODEL: the host applies them when it loads weights, in part or whole, and takes them
-back with the patcher."""
+"""LoRA files as patches of a MODEL: the host applies them when it loads weights, in part or whole.
+
+They go again with the patcher that carries them.
+"""
 
 import logging
 from pathlib import Path
@@ -63,7 +65,7 @@ def _names(model: comfy.model_patcher.ModelPatcher) -> dict[str, str]:
 
 
 def _patches(module: str, adapter: Adapter, names: dict[str, str]) -> list[dict[str, Any]]:
-    """What the host adds to a weight and to a bias; one dictionary for each kind, since both may hit one weight."""
+    """What the host adds to a weight and to a bias: one dictionary each, since two may hit one weight."""
     tensors = {f"{module}.{part}": tensor for part, tensor in adapter.tensors.items()}
     made: list[dict[str, Any]] = []
     for kind in comfy.weight_adapter.adapters:
