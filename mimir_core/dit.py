@@ -10,7 +10,7 @@ Letters: B batch, C latent channels, T latent frames, H x W latent size, n text 
 L = n + N, D width, h heads, d head width.
 """
 
-import math
+import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .attention import Attention, sdpa
 from .config import DiTConfig
-from .positions import Grid, Rotary, rotary_table, rotate, sincos_table
+from .positions import Grid, Rotary, rotary_table, rotate, sincos_table, time_rates
 
 Options = Mapping[str, Any] | None
 
@@ -61,9 +61,9 @@ class CogVideoXTransformer(nn.Module):
         video, text = self.patch_embed(latents, text)  # (B, N, D), (B, n, D)
         rope = None
         if self.config.use_rotary_positional_embeddings:
-            rope = self._rotary(grid, text.shape[1], video.device)  # tables (L, 1, d)
+            rope = self._rotary(grid, operator.index(text.shape[1]), video.device)  # tables of L rows
         else:
-            video = video + self._sincos(grid, video)  # (B, N, D)
+            video = video + self._sincos(grid, video.device, video.dtype)  # (B, N, D)
         video = self.run_blocks(video, text, temb, rope, options)  # (B, N, D)
         video = self.norm_out(self.norm_final(video), temb)  # (B, N, D)
         return unpatchify(self.proj_out(video), grid, self.config)  # (B, C, T, H, W)
@@ -77,7 +77,8 @@ class CogVideoXTransformer(nn.Module):
         return video
 
     def grid(self, latents: Tensor) -> Grid:
-        frames, height, width = latents.shape[2:]
+        """Tokens along time, height and width. `index`: plain numbers, also where sizes are traced."""
+        frames, height, width = map(operator.index, latents.shape[2:])
         patch = self.config.patch_size
         return frames // (self.config.patch_size_t or 1), height // patch, width // patch
 
@@ -100,12 +101,24 @@ class CogVideoXTransformer(nn.Module):
                 _init_linear(name, module)
 
     def _rotary(self, grid: Grid, text_length: int, device: torch.device) -> Rotary:
+        if torch.compiler.is_compiling():
+            cos, sin = self._rotary_constant(grid, text_length, device).unbind(0)
+            return Rotary(cos, sin, None)
         key = ("rotary", grid, text_length, device)
         return self._remember(key, lambda: rotary_table(self.config, grid, text_length).to(device))
 
-    def _sincos(self, grid: Grid, video: Tensor) -> Tensor:
-        key = ("sincos", grid, video.device, video.dtype)
-        return self._remember(key, lambda: sincos_table(self.config, grid).to(video.device, video.dtype))
+    # The two tables are constants of a compiled graph: neither computed again nor a reason to recompile.
+    @torch.compiler.assume_constant_result
+    def _rotary_constant(self, grid: Grid, text_length: int, device: torch.device) -> Tensor:
+        """Cosines and signed sines: (2, L, 1, d). (A constant must be one tensor.)"""
+        with torch.inference_mode(False):
+            rope = rotary_table(self.config, grid, text_length)
+            return torch.stack((rope.cos, rope.sin)).to(device)
+
+    @torch.compiler.assume_constant_result
+    def _sincos(self, grid: Grid, device: torch.device, dtype: torch.dtype) -> Tensor:
+        key = ("sincos", grid, device, dtype)
+        return self._remember(key, lambda: sincos_table(self.config, grid).to(device, dtype))
 
     def _remember(self, key: Any, build: Any) -> Any:
         """The last table, rebuilt when `key` changes. Not an inference tensor: training may use it later."""
@@ -157,16 +170,21 @@ class TimeEmbedding(nn.Module):
     def __init__(self, width: int, time: int, ops: Any, **made: Any) -> None:
         super().__init__()
         self.width = width
+        self._cached: Tensor | None = None
         self.linear_1 = ops.Linear(width, time, **made)
         self.linear_2 = ops.Linear(time, time, **made)
 
     def forward(self, timestep: Tensor, dtype: torch.dtype) -> Tensor:
-        half = self.width // 2
-        steps = torch.arange(half, device=timestep.device, dtype=torch.float32)
-        rates = torch.exp(steps * (-math.log(10000.0) / half))
-        angles = timestep.float()[:, None] * rates  # (B, width / 2)
+        angles = timestep.float()[:, None] * self._rates(timestep.device)  # (B, width / 2)
         wave = torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype)  # (B, width)
         return F.silu(self.linear_2(F.silu(self.linear_1(wave))))  # (B, time)
+
+    @torch.compiler.assume_constant_result
+    def _rates(self, device: torch.device) -> Tensor:
+        if self._cached is None or self._cached.device != device:
+            with torch.inference_mode(False):
+                self._cached = time_rates(self.width // 2, device)
+        return self._cached
 
 
 class Block(nn.Module):
@@ -211,9 +229,22 @@ class ModulatedNorm(nn.Module):
 
     def forward(self, video: Tensor, text: Tensor, temb: Tensor) -> tuple[Tensor, Gates]:
         shift, scale, gate, text_shift, text_scale, text_gate = self.linear(temb)[:, None].chunk(6, dim=-1)
-        text = torch.addcmul(text_shift, self.norm(text), 1 + text_scale)
-        video = torch.addcmul(shift, self.norm(video), 1 + scale)
-        return torch.cat((text, video), dim=1), Gates(gate, text_gate)
+        joint = modulate_and_join(self.norm(text), text_shift, text_scale, self.norm(video), shift, scale)
+        return joint, Gates(gate, text_gate)
+
+
+def modulate_and_join(
+    text: Tensor, text_shift: Tensor, text_scale: Tensor, video: Tensor, shift: Tensor, scale: Tensor
+) -> Tensor:
+    """x (1 + scale) + shift of both streams, in one tensor (B, n + N, D), text first."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # the reference, which a compiler fuses
+        text = torch.addcmul(text_shift, text, 1 + text_scale)
+        return torch.cat((text, torch.addcmul(shift, video, 1 + scale)), dim=1)
+    length = text.shape[1]
+    joint = video.new_empty(video.shape[0], length + video.shape[1], video.shape[2])
+    torch.addcmul(text_shift, text, 1 + text_scale, out=joint[:, :length])
+    torch.addcmul(shift, video, 1 + scale, out=joint[:, length:])
+    return joint
 
 
 class ModulatedOutput(nn.Module):
@@ -268,7 +299,10 @@ class GELU(nn.Module):
         self.proj = ops.Linear(width, inner, **made)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
+        hidden = self.proj(x)  # (B, L, inner)
+        if torch.is_grad_enabled():
+            return F.gelu(hidden, approximate="tanh")
+        return torch.ops.aten.gelu_(hidden, approximate="tanh")  # in place: the largest tensor exists once
 
 
 def patchify(latents: Tensor, config: DiTConfig) -> Tensor:

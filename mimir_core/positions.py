@@ -8,6 +8,7 @@ Source: the formulas of diffusers (`get_3d_sincos_pos_embed`, `get_3d_rotary_pos
 A grid is (T, H, W) in tokens; N = T * H * W; D head width. Tables are float32 on the CPU.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -16,20 +17,37 @@ from torch import Tensor
 from .config import DiTConfig
 
 Grid = tuple[int, int, int]
+COMPLEX_DEVICES = {"cpu", "cuda"}
 
 
 class Rotary(NamedTuple):
-    """Cosines and signed sines for `rotate`, each (L, 1, D): row l turns every head of token l."""
+    """What `rotate` turns a joint sequence of L tokens with; row l turns every head of token l.
+
+    The same angles in two forms. Real: cosines and signed sines, (L, 1, D) each, which a compiler fuses with
+    the norm before them. Complex: `turn` (L, 1, D / 2), a single pass over memory where nothing is compiled;
+    None on devices whose complex arithmetic cannot be relied on.
+    """
 
     cos: Tensor
     sin: Tensor
+    turn: Tensor | None
 
     def to(self, device: torch.device) -> "Rotary":
-        return Rotary(self.cos.to(device), self.sin.to(device))
+        cos, sin = self.cos.to(device), self.sin.to(device)
+        turn = self.turn.to(device) if self.turn is not None and device.type in COMPLEX_DEVICES else None
+        return Rotary(cos, sin, turn)
 
 
 def rotate(x: Tensor, rope: Rotary) -> Tensor:
     """Turn each pair (x[2i], x[2i+1]) by its angle, in float32. x: (B, L, H, D) -> same shape and dtype."""
+    if rope.turn is None or torch.compiler.is_compiling():  # inductor cannot fuse complex numbers
+        return rotate_real(x, rope)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))  # (B, L, H, D / 2)
+    return torch.view_as_real(pairs * rope.turn).flatten(-2).to(x.dtype)
+
+
+def rotate_real(x: Tensor, rope: Rotary) -> Tensor:
+    """The reference of `rotate`, without complex numbers."""
     swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     return torch.addcmul(x * rope.cos, swapped.to(rope.sin.dtype), rope.sin).to(x.dtype)
 
@@ -42,7 +60,13 @@ def rotary_table(config: DiTConfig, grid: Grid, text_length: int) -> Rotary:
     angles = _outer_concatenation(axes)  # (N, D / 2)
     angles = torch.cat((angles.new_zeros(text_length, angles.shape[1]), angles))  # (L, D / 2)
     cos, sin = angles.cos(), angles.sin()
-    return Rotary(_interleave(cos, cos), _interleave(-sin, sin))
+    return Rotary(_interleave(cos, cos), _interleave(-sin, sin), torch.complex(cos, sin)[:, None])
+
+
+def time_rates(count: int, device: torch.device) -> Tensor:
+    """Frequencies of the time embedding, 10000^(-i / count): (count,) float32."""
+    steps = torch.arange(count, device=device, dtype=torch.float32)
+    return torch.exp(steps * (-math.log(10000.0) / count))
 
 
 def sincos_table(config: DiTConfig, grid: Grid) -> Tensor:
