@@ -9,6 +9,7 @@ from .fuse import MimirTokenFuser
 from .host import files
 from .latent import MimirEmptyLatent
 from .load import MimirLoadFuser, MimirLoadModel, MimirLoadPhi, MimirLoadT5, MimirLoadTiny, MimirLoadVAE
+from .lora import MimirLoadLora
 from .sample import MimirSampler
 
 NODES: list[type[io.ComfyNode]] = [
@@ -18,6 +19,7 @@ NODES: list[type[io.ComfyNode]] = [
     MimirLoadPhi,
     MimirLoadFuser,
     MimirLoadVAE,
+    MimirLoadLora,
     MimirT5Encode,
     MimirPhiEncode,
     MimirTokenFuser,

@@ -6,6 +6,7 @@ from pathlib import Path
 import folder_paths
 
 DIFFUSION, TEXT, VAE, FUSER = "diffusion_models", "text_encoders", "vae", "mimir"
+LORA = "loras"
 SUFFIXES = (".safetensors", ".sft")
 DEPTH = 3  # how deep below a model folder a Hugging Face folder is looked for
 

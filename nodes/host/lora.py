@@ -54,8 +54,9 @@ def fingerprint(name: str) -> str:
 
 def _names(model: comfy.model_patcher.ModelPatcher) -> dict[str, str]:
     """{diffusers' name: the host's name} of all parameters; also for the host's native CogVideoX."""
-    keys = [key for key in model.model.state_dict() if key.startswith(PREFIX)]
-    names = {from_comfy(key[len(PREFIX) :]): key for key in keys}
+    keys = {key[len(PREFIX) :]: key for key in model.model.state_dict() if key.startswith(PREFIX)}
+    native = any(name.startswith("blocks.") for name in keys)
+    names = {from_comfy(name) if native else name: key for name, key in keys.items()}
     if not {"transformer_blocks.0.attn1.to_q.weight", "patch_embed.text_proj.weight"} <= set(names):
         raise ValueError(
             "The MODEL is no CogVideoX transformer, but this node needs one: connect Load Mimir DiT, or use "
