@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from .attention import Attention, sdpa
 from .config import PhiConfig
 
+ROWS = 2048  # a prompt longer than this attends in pieces of so many tokens
+
 
 class Rope(NamedTuple):
     """Rotary tables of the new positions, each (L, d)."""
@@ -113,7 +115,7 @@ class Phi3ForCausalLM(nn.Module):
         if cache is not None and self._crosses(cache.length, new):
             ids = torch.cat((_ids(cache), ids), dim=1)
             cache.clear()
-        states = self.model(ids, cache, dtype, options)
+        states = self.model(ids, cache, dtype, options, wanted)
         return tuple(states[index][:, -new:] for index in wanted)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -179,19 +181,29 @@ class Phi3Model(nn.Module):
         self.norm = ops.RMSNorm(config.hidden_size, eps=config.rms_norm_eps, **kwargs)
 
     def forward(
-        self, ids: Tensor, cache: KeyValueCache | None, dtype: torch.dtype | None, options: Any
-    ) -> list[Tensor]:
-        """All hidden states (B, L, D): the embedding, then each layer's output, the last one normed."""
+        self,
+        ids: Tensor,
+        cache: KeyValueCache | None,
+        dtype: torch.dtype | None,
+        options: Any,
+        wanted: Sequence[int],
+    ) -> dict[int, Tensor]:
+        """The `wanted` hidden states (B, L, D): 0 the embedding, then each layer's output, the last normed.
+
+        The others are not kept: 33 of a long prompt are gigabytes.
+        """
         read = 0 if cache is None else cache.length
         x = self.embed_tokens(ids)  # (B, L, D)
         x = x if dtype is None else x.to(dtype)
         rope = self._rope(read, read + ids.shape[1], x)
-        mask = causal_mask(ids.shape[1], read, x)
-        states = [x]
-        for layer in self.layers:
+        mask = causal_mask(ids.shape[1], read, x) if ids.shape[1] <= ROWS else None
+        states = {0: x} if 0 in wanted else {}
+        for index, layer in enumerate(self.layers, start=1):
             x = layer(x, rope, mask, cache, options)  # (B, L, D)
-            states.append(x)
-        states[-1] = self.norm(x)  # (B, L, D)
+            if index in wanted:
+                states[index] = x
+        if len(self.layers) in wanted:
+            states[len(self.layers)] = self.norm(x)  # (B, L, D)
         if cache is not None:
             cache.ids = ids if cache.ids is None else torch.cat((cache.ids, ids), dim=1)
         return states
@@ -255,8 +267,22 @@ class Phi3Attention(nn.Module):
         if self.kv_heads != self.heads:
             share = self.heads // self.kv_heads
             k, v = (t.repeat_interleave(share, dim=1) for t in (k, v))  # (B, H, P + L, d)
-        out = self.attention(q, k, v, mask=mask, options=options)  # (B, H, L, d)
+        if mask is None and q.shape[2] > 1:
+            out = self._in_rows(q, k, v, options)  # (B, H, L, d)
+        else:
+            out = self.attention(q, k, v, mask=mask, options=options)  # (B, H, L, d)
         return self.o_proj(out.transpose(1, 2).flatten(2))  # (B, L, D)
+
+    def _in_rows(self, q: Tensor, k: Tensor, v: Tensor, options: Any) -> Tensor:
+        """The same, some queries at a time: their masks together would be as large as L squared."""
+        parts: list[Tensor] = []
+        read = k.shape[2] - q.shape[2]
+        for rows in q.split(ROWS, dim=2):
+            seen = read + rows.shape[2]
+            mask = causal_mask(rows.shape[2], read, rows)
+            parts.append(self.attention(rows, k[:, :, :seen], v[:, :, :seen], mask=mask, options=options))
+            read = seen
+        return torch.cat(parts, dim=2)
 
 
 class Phi3MLP(nn.Module):

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from mimir_core import phi
 from mimir_core.attention import sdpa
 from mimir_core.config import PhiConfig
 from mimir_core.phi import Phi3ForCausalLM, causal_mask, rope_frequencies
@@ -193,6 +194,22 @@ def test_mask_hides_the_future_only():
     assert (mask[0, 0] == 0).tolist() == [[True] * 3 + [False] * 2, [True] * 4 + [False], [True] * 5]
     assert mask.isfinite().all()
     assert causal_mask(1, 4, torch.zeros(1)) is None
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16])
+@torch.no_grad()
+def test_long_prompts_attend_in_pieces_to_the_same(models, monkeypatch, rows):
+    """No mask grows with the square of the prompt, whatever was read before."""
+    ours, theirs = models
+    expected = theirs(tokens(33), output_hidden_states=True).hidden_states[-1]
+    seen = []
+    monkeypatch.setattr(phi, "ROWS", rows)
+    monkeypatch.setattr(phi, "causal_mask", lambda *args: seen.append(args[:2]) or causal_mask(*args))
+    assert relative(ours(tokens(33))[0], expected) < 1e-5
+    assert max(new for new, _ in seen) <= rows
+    cache = ours.new_cache()
+    ours(tokens(33)[:, :20], cache)
+    assert relative(ours(tokens(33)[:, 20:], cache)[0], expected[:, 20:]) < 1e-5
 
 
 @torch.no_grad()
