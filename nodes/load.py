@@ -5,6 +5,8 @@ from comfy_api.latest import io
 from .host import files
 from .host.fuser import UNTRAINED, load_fuser, untrained_fuser
 from .host.model import DTYPES, load_dit
+from .host.phi import DEVICES as PHI_DEVICES
+from .host.phi import DTYPES as PHI_DTYPES
 from .host.phi import load_phi
 from .host.t5 import load_t5
 from .host.tiny import FOLDER, MIMIR, fuser_names, load_tiny
@@ -151,7 +153,8 @@ class MimirLoadPhi(io.ComfyNode):
             "Load Phi-3.5",
             "The language model that understands the prompt as a whole: Phi-3.5-mini-instruct, from "
             "models/text_encoders, as "
-            "the Hugging Face folder (its safetensors files, config.json and tokenizer files).",
+            "the Hugging Face folder (its safetensors files, config.json and tokenizer files), or as one "
+            "file with config.json and the tokenizer files beside it.",
             category=LOADERS,
             inputs=[
                 widget(
@@ -163,18 +166,39 @@ class MimirLoadPhi(io.ComfyNode):
                         "files beside it."
                     ),
                 ),
+                widget(
+                    io.Combo,
+                    "dtype",
+                    options=list(PHI_DTYPES),
+                    default="default",
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "How the weights are stored; default: as on disk. fp8_e4m3fn halves the memory: the "
+                        "matrices of the layers become scaled fp8, all else stays as it is."
+                    ),
+                ),
+                widget(
+                    io.Combo,
+                    "device",
+                    options=PHI_DEVICES,
+                    default="default",
+                    optional=True,
+                    advanced=True,
+                    tooltip="cpu: it never goes to the graphics card, which then has more room for the DiT.",
+                ),
             ],
             outputs=[io.Clip.Output("clip", display_name="CLIP (Phi)", tooltip="For Phi-3.5 Encode only.")],
             search_aliases=["phi3", "llm loader"],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, phi_name: str) -> str:
-        return files.fingerprint(files.TEXT, phi_name)
+    def fingerprint_inputs(cls, phi_name: str, dtype: str = "default", device: str = "default") -> str:
+        return f"{files.fingerprint(files.TEXT, phi_name)} {dtype} {device}"
 
     @classmethod
-    def execute(cls, phi_name: str) -> io.NodeOutput:
-        return io.NodeOutput(load_phi(files.resolve(files.TEXT, phi_name)))
+    def execute(cls, phi_name: str, dtype: str = "default", device: str = "default") -> io.NodeOutput:
+        return io.NodeOutput(load_phi(files.resolve(files.TEXT, phi_name), dtype, device))
 
 
 class MimirLoadFuser(io.ComfyNode):

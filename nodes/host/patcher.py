@@ -1,7 +1,6 @@
 """Building the host's CLIP and patchers, where the host's versions differ."""
 
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
 import comfy.model_management as management
@@ -10,8 +9,6 @@ import comfy.sd
 import comfy.utils
 import torch
 from torch import Tensor, nn
-
-from ...mimir_core import weights
 
 
 def core_patcher() -> type[comfy.model_patcher.ModelPatcher]:
@@ -30,22 +27,31 @@ def module_patcher(module: nn.Module) -> comfy.model_patcher.ModelPatcher:
     return core_patcher()(module, **devices)
 
 
-def plain_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Scaled fp8 weights as bfloat16: networks of ours would read them without their scales."""
-    if any(weights.quantised(name) for name in state):
-        return weights.dequantised(state, torch.bfloat16)
-    return dict(state)
-
-
 def build_clip(
-    target: Any, state: dict[str, Tensor], disable_dynamic: bool = False, dtype: torch.dtype | None = None
+    target: Any,
+    state: dict[str, Tensor],
+    disable_dynamic: bool = False,
+    dtype: torch.dtype | None = None,
+    operations: Any | None = None,
+    device: torch.device | None = None,
 ) -> comfy.sd.CLIP:
-    """comfy.sd.CLIP with its weights, stored in `dtype`; the caller has checked that they are complete."""
+    """comfy.sd.CLIP with its weights; the caller has checked that they are complete.
+
+    `dtype` they are stored in, `operations` that read them and the `device` that they never leave; None: as
+    the host decides.
+    """
+    chosen = {
+        "dtype": dtype,
+        "custom_operations": operations,
+        "load_device": device,
+        "offload_device": device,
+    }
     options: dict[str, Any] = {"parameters": comfy.utils.calculate_parameters(state)}
-    if dtype is not None:
-        options["model_options"] = {"dtype": dtype}
+    options["model_options"] = {name: value for name, value in chosen.items() if value is not None}
     if "state_dict" in inspect.signature(comfy.sd.CLIP.__init__).parameters:  # 0.33
         return comfy.sd.CLIP(target, state_dict=[state], disable_dynamic=disable_dynamic, **options)
     clip = comfy.sd.CLIP(target, **options)
     clip.load_sd(state)
+    clip.patcher.size = 0  # the host has counted before the weights were there
+    clip.patcher.model_size()
     return clip

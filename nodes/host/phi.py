@@ -1,5 +1,7 @@
 """Phi-3.5 as the host's CLIP: our decoder on the host's operations, so that it can be offloaded in part."""
 
+import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,14 +18,27 @@ from ...mimir_core import weights
 from ...mimir_core.config import PhiConfig
 from ...mimir_core.llm import Sampling, encode_prompt, sample
 from ...mimir_core.phi import Phi3ForCausalLM
+from ...mimir_core.scaled import dequantised, is_scaled, quantise
 from ...mimir_core.text import PhiTokenizer
 from ...mimir_core.tokens import LlmTokens
 from .attention import text_attention
 from .conditioning import origin_of
-from .patcher import build_clip, plain_weights
+from .fp8 import Weights, as_they_are, keep, keep_fine_parts
+from .patcher import build_clip
 from .report import naming, progress, require_finite
 
+log = logging.getLogger(__name__)
+
 NAME = "phi"
+DEFAULT, FP8 = "default", "fp8_e4m3fn"
+DEVICES = [DEFAULT, "cpu"]
+# What Phi-3.5 may be stored in: name in the combo -> dtype, None where it is not one for all weights.
+DTYPES: dict[str, torch.dtype | None] = {
+    DEFAULT: None,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    FP8: None,
+}
 NOT_CONDITIONING = (
     "This CLIP is Phi-3.5, which makes MIMIR_TOKENS, not CONDITIONING. Connect it to Phi-3.5 Encode."
 )
@@ -33,24 +48,60 @@ NOT_PHI = (
 )
 
 
-def load_phi(path: Path, disable_dynamic: bool = False) -> comfy.sd.CLIP:
+def load_phi(
+    path: Path, dtype: str = DEFAULT, device: str = DEFAULT, disable_dynamic: bool = False
+) -> comfy.sd.CLIP:
     """Phi-3.5 from a Hugging Face folder, or from a file with its tokenizer files beside it.
 
-    The weights keep the dtype they have on disk. ValueError, in one sentence, when it is something else.
+    `dtype` is a key of DTYPES: how the weights are stored; `device` is one of DEVICES. ValueError, in one
+    sentence, when the file is something else.
     """
     source = weights.read_phi(path)
-    state = plain_weights(source.state)
+    place = torch.device("cpu") if device == "cpu" else None
+    found = stored_as(dtype, source.config, source.state, place or management.text_encoder_device())
     with naming(path):
         tokenizer = PhiTokenizer.from_folder(path if path.is_dir() else path.parent)
     target = ClipTarget(partial(PhiTokens, tokenizer), partial(PhiModel, source.config, tokenizer.stop_ids))
-    clip = build_clip(target, state, disable_dynamic, dtype=next(iter(state.values())).dtype)
+    clip = build_clip(target, found.state, disable_dynamic, _plain_dtype(found), found.operations, place)
     clip.cond_stage_model.origin = source.origin
-    clip.patcher.cached_patcher_init = (_reload, (path,))
+    clip.patcher.cached_patcher_init = (_reload, (path, dtype, device))
     return clip
 
 
-def _reload(path: Path, disable_dynamic: bool = False) -> Any:
-    return load_phi(path, disable_dynamic).patcher
+def _reload(path: Path, dtype: str, device: str, disable_dynamic: bool = False) -> Any:
+    return load_phi(path, dtype, device, disable_dynamic).patcher
+
+
+def stored_as(dtype: str, config: PhiConfig, state: dict[str, Tensor], device: torch.device) -> Weights:
+    """The weights in the form that `dtype` names. fp8 is scaled: each of a block's matrices has its scale."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is '{dtype}', expected one of {', '.join(DTYPES)}")
+    wide = DTYPES[dtype]
+    if wide is not None:
+        return Weights(dequantised(state, wide), None, {})
+    compute = compute_dtype(config, device)
+    if dtype == FP8 and not is_scaled(state):
+        layers = tuple(name.removesuffix(".weight") for name in state if _is_matrix_of_block(name, state))
+        wide_layers = tuple(layer for layer in layers if state[f"{layer}.weight"].dtype.itemsize > 1)
+        found = keep(quantise(state, wide_layers), compute)
+        if found is not None:
+            return found
+        log.warning("Mimir: this ComfyUI cannot keep scaled fp8 weights, Phi-3.5 stays as it is on disk.")
+    return as_they_are(state, compute, torch.bfloat16)
+
+
+def _is_matrix_of_block(name: str, state: Mapping[str, Tensor]) -> bool:
+    return name.startswith("model.layers.") and state[name].ndim == 2
+
+
+def _plain_dtype(found: Weights) -> torch.dtype:
+    """The dtype of what is not scaled fp8: most of it."""
+    sizes: dict[torch.dtype, int] = {}
+    scaled_layers = {f"{layer}.weight" for layer in found.layers}
+    for name, tensor in found.state.items():
+        if name not in scaled_layers and tensor.is_floating_point():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+    return max(sizes, key=lambda dtype: sizes[dtype])
 
 
 def is_phi(clip: comfy.sd.CLIP) -> bool:
@@ -84,7 +135,7 @@ def encode(
         layer=layer,
         on_token=progress(),
         device=device,
-        dtype=compute_dtype(network, device),
+        dtype=compute_dtype(network.config, device),
     )
     require_finite(tokens.sequence(), "Phi-3.5 Encode", "Use the bfloat16 files of Phi-3.5-mini-instruct.")
     place = management.intermediate_device()
@@ -92,7 +143,7 @@ def encode(
         name: getattr(tokens, name).to(place, torch.float32) for name in ("query", "answer", "instruction")
     }
     settings = {"answer_length": answer_tokens, "temperature": temperature, "seed": seed}
-    dtype = str(compute_dtype(network, device)).removeprefix("torch.")
+    dtype = str(compute_dtype(network.config, device)).removeprefix("torch.")
     return replace(tokens, **states, made={**origin_of(clip), "dtype": dtype, **settings})
 
 
@@ -105,12 +156,12 @@ def report(tokens: LlmTokens, text: str) -> str:
     return f"{answer}{stop} The prompt was too long for it: it read up to '...{tokens.prompt[-40:]}'."
 
 
-def compute_dtype(network: "PhiModel", device: torch.device) -> torch.dtype:
+def compute_dtype(config: PhiConfig, device: torch.device) -> torch.dtype:
     """bfloat16 as Phi-3.5 was made, where the device computes in it and the model is not a toy; else float32.
 
     Never float16, which its activations overflow.
     """
-    large = network.config.hidden_size >= 1024
+    large = config.hidden_size >= 1024
     return torch.bfloat16 if large and management.should_use_bf16(device) else torch.float32
 
 
@@ -187,7 +238,7 @@ class PhiModel(nn.Module):
     ) -> list[int]:
         """For core's Generate Text (0.33); its top_k, min_p and penalties are not applied."""
         device, step = self.execution_device, progress()
-        dtype, cache = compute_dtype(self, device), self.phi.new_cache()
+        dtype, cache = compute_dtype(self.config, device), self.phi.new_cache()
         generator = torch.Generator().manual_seed(seed or 0)
         settings = Sampling(temperature if do_sample else 0.0, top_p)
         new, answer = [entry[0] for entry in tokens[NAME][0]], []
@@ -202,4 +253,5 @@ class PhiModel(nn.Module):
         return answer
 
     def load_sd(self, state: dict[str, Tensor]) -> Any:
+        keep_fine_parts(self.phi, state, cast=False)
         return self.phi.load_state_dict(state, strict=False, assign=getattr(self, "can_assign_sd", False))

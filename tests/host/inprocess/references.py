@@ -149,29 +149,34 @@ def save_phi(folder: Path) -> Any:
     return model
 
 
+SCALED = ("old", "by header", "by layer")
+
+
 def save_scaled(
-    state: dict[str, torch.Tensor], file: Path, old: bool, only: tuple[str, ...] = (".to_",)
+    state: dict[str, torch.Tensor], file: Path, layout: str, only: tuple[str, ...] = (".to_",)
 ) -> dict[str, torch.Tensor]:
-    """Writes `state` with its linear layers as scaled fp8, in the host's old layout (up to 0.3.75: one mark,
-    `scale_weight`) or its new one (`comfy_quant`, `weight_scale`). Returns the numbers that it stands for."""
+    """Writes `state` with some linear layers as scaled fp8, in one of the layouts SCALED. Returns the numbers
+    that it stands for."""
     import json
 
     from safetensors.torch import save_file
 
     stored: dict[str, torch.Tensor] = {}
     numbers: dict[str, torch.Tensor] = {}
-    mark = torch.tensor(list(json.dumps({"format": "float8_e4m3fn"}).encode()), dtype=torch.uint8)
+    form, layers = {"format": "float8_e4m3fn"}, []
     for name, tensor in state.items():
         numbers[name] = stored[name] = tensor.clone()
         if tensor.ndim != 2 or not any(part in name for part in only) or "bias" in name:
             continue
         base, scale = name.removesuffix(".weight"), tensor.abs().max() / 300
+        layers.append(base)
         stored[name] = (tensor / scale).to(torch.float8_e4m3fn)
-        stored[base + (".scale_weight" if old else ".weight_scale")] = scale
-        if not old:
-            stored[f"{base}.comfy_quant"] = mark.clone()
+        stored[base + (".scale_weight" if layout == "old" else ".weight_scale")] = scale
+        if layout == "by layer":
+            stored[f"{base}.comfy_quant"] = torch.tensor(list(json.dumps(form).encode()), dtype=torch.uint8)
         numbers[name] = stored[name].float() * scale
-    if old:
+    if layout == "old":
         stored["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
-    save_file(stored, file)
+    header = {"_quantization_metadata": json.dumps({"layers": dict.fromkeys(layers, form)})}
+    save_file(stored, file, header if layout == "by header" else None)
     return numbers

@@ -21,7 +21,7 @@ VOCABULARY = 32128
 MARK = "encoder.block.23.layer.1.DenseReluDense.wi_1.weight"
 TYPES = ["cogvideox", "sd3", "mochi", "ltxv", "pixart", "chroma"]
 TYPES = [kind for kind in TYPES if hasattr(comfy.sd.CLIPType, kind.upper())]  # 0.3.75 has no cogvideox
-FORMS = ["fp32", "fp16", "bf16", "fp8", "scaled", "scaled by layer"]
+FORMS = ["fp32", "fp16", "bf16", "fp8", *references.SCALED]
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +49,8 @@ def file_in(form: str, model: Any, folder: Path) -> tuple[Path, dict[str, torch.
         stored = {name: tensor.to(simple[form]) for name, tensor in state.items()}
         save_file(stored, folder / "t5.safetensors")
         return folder / "t5.safetensors", {name: tensor.float() for name, tensor in stored.items()}
-    return folder / "t5.safetensors", references.save_scaled(
-        state, folder / "t5.safetensors", old=form == "scaled", only=("DenseReluDense", "SelfAttention.")
-    )
+    only = ("DenseReluDense", "SelfAttention.")
+    return folder / "t5.safetensors", references.save_scaled(state, folder / "t5.safetensors", form, only)
 
 
 def expected(model: Any, text: str = PROMPT) -> torch.Tensor:
