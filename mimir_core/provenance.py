@@ -6,9 +6,10 @@ option of a condition and does not come back from a list of strings. So instruct
     {"prompt", "text_length", "cut_tokens", "cut_text", "t5": origin, "llm": origin and settings,
      "fuser": origin and settings, "dtype", "pack", "checksum"}
 
-An origin is {"file", "fingerprint"} (mimir_core.headers.fingerprint), UNKNOWN for both where nobody knows,
-and "changed" in words where a LoRA or another setting alters those weights. `checksum` is of the tokens that
-the record was written for: other nodes copy records along with changed tokens, and `current` notices.
+An origin is {"file", "fingerprint"} (mimir_core.headers.fingerprint), UNKNOWN for both where nobody knows;
+"dtype" is what the weights were kept in, "computed" what with; "changed" says in words that a LoRA or another
+setting alters them. `checksum` is of the tokens that the record was written for: other nodes copy records
+along with changed tokens, and `current` notices.
 """
 
 import hashlib
@@ -170,7 +171,7 @@ def _origins_differ(name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any
         yield f"{name}: {side} does not know which weights it used, so they cannot be compared"
     elif marks[0] != marks[1]:
         yield f"{name}: the file has {_weights(a)}, the graph has {_weights(b)}"
-    for field in ("changed", "dtype"):
+    for field in ("changed", "dtype", "computed"):
         if a.get(field) != b.get(field) and (field == "changed" or UNKNOWN not in marks):
             yield f"{name}, {field}: {_two(a.get(field), b.get(field))}"
 
@@ -222,6 +223,7 @@ def _describe_llm(llm: Mapping[str, Any], prompt: Any) -> list[str]:
 def _origin(origin: Any) -> str:
     found = dict(origin) if isinstance(origin, Mapping) else {}
     name = f"{_weights(origin)}, {found['dtype']}" if found.get("dtype") else _weights(origin)
+    name = f"{name} computed in {found['computed']}" if found.get("computed") else name
     return f"{name}, with {found['changed']}" if found.get("changed") else name
 
 

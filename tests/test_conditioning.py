@@ -22,7 +22,8 @@ T5 = {"file": "t5xxl_fp16.safetensors", "fingerprint": "a" * 64, "dtype": "float
 LLM = {
     "file": "Phi-3.5-mini-instruct",
     "fingerprint": "b" * 64,
-    "dtype": "bfloat16",
+    "dtype": "fp8_e4m3fn",
+    "computed": "bfloat16",
     "prompt": "a red circle",
     "instructions": "Name the objects.\nName the colours.",
     "answer": "One circle.",
@@ -180,7 +181,7 @@ def test_the_header_is_readable(tmp_path: Path) -> None:
         "prompt: 赤い円",
         "T5: t5xxl_fp16.safetensors (aaaaaaaaaaaa), float16, 6 tokens",
         "prompt for Phi-3.5: a red circle",
-        "Phi-3.5: Phi-3.5-mini-instruct (bbbbbbbbbbbb), bfloat16, layer -1, answer length 64, ",
+        "Phi-3.5: Phi-3.5-mini-instruct (bbbbbbbbbbbb), fp8_e4m3fn computed in bfloat16, layer -1, answer ",
         "    Name the colours.",
         "answer: One circle.",
         "fuser: fuser.safetensors (cccccccccccc), preset as trained, strength 1.0",
@@ -316,7 +317,7 @@ def test_nothing_differs_from_itself(tmp_path: Path) -> None:
         ("t5.changed", "a LoRA", "T5, changed: the file has none, the graph has 'a LoRA'"),
         ("t5", dict(NO_ORIGIN), "T5: the graph does not know which weights it used"),
         ("llm.fingerprint", "d" * 64, "Phi-3.5: the file has "),
-        ("llm.dtype", "float32", "Phi-3.5, dtype: the file has 'bfloat16', the graph has 'float32'"),
+        ("llm.dtype", "float32", "Phi-3.5, dtype: the file has 'fp8_e4m3fn', the graph has 'float32'"),
         (
             "llm.instructions",
             "Name the objects.\nName it.",

@@ -41,7 +41,7 @@ def origin_of(clip: Any) -> dict[str, str]:
     """Which weights a CLIP holds, as far as its loader has said, and what has been changed about them."""
     origin = dict(getattr(clip.cond_stage_model, "origin", None) or NO_ORIGIN)
     dtypes = sorted(str(dtype) for dtype in getattr(clip.cond_stage_model, "dtypes", ()) if dtype is not None)
-    if dtypes:
+    if dtypes and "dtype" not in origin:
         origin["dtype"] = " and ".join(dtypes).replace("torch.", "")
     patches = clip.patcher.patches
     changed = []

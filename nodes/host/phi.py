@@ -63,7 +63,8 @@ def load_phi(
         tokenizer = PhiTokenizer.from_folder(path if path.is_dir() else path.parent)
     target = ClipTarget(partial(PhiTokens, tokenizer), partial(PhiModel, source.config, tokenizer.stop_ids))
     clip = build_clip(target, found.state, disable_dynamic, _plain_dtype(found), found.operations, place)
-    clip.cond_stage_model.origin = source.origin
+    stored = FP8 if found.layers else str(_plain_dtype(found)).removeprefix("torch.")
+    clip.cond_stage_model.origin = {**source.origin, "dtype": stored}
     clip.patcher.cached_patcher_init = (_reload, (path, dtype, device))
     return clip
 
@@ -143,8 +144,8 @@ def encode(
         name: getattr(tokens, name).to(place, torch.float32) for name in ("query", "answer", "instruction")
     }
     settings = {"answer_length": answer_tokens, "temperature": temperature, "seed": seed}
-    dtype = str(compute_dtype(network.config, device)).removeprefix("torch.")
-    return replace(tokens, **states, made={**origin_of(clip), "dtype": dtype, **settings})
+    computed = str(compute_dtype(network.config, device)).removeprefix("torch.")
+    return replace(tokens, **states, made={**origin_of(clip), "computed": computed, **settings})
 
 
 def report(tokens: LlmTokens, text: str) -> str:

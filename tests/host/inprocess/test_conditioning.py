@@ -73,7 +73,7 @@ def test_the_record_says_how_it_was_made(parts, run_node):
     for part, file in weights.items():
         assert record[part]["fingerprint"] == fingerprint(tiny.FOLDER / file), part
     assert (record["t5"]["file"], record["llm"]["file"]) == ("t5", "phi")
-    assert "changed" not in record["t5"] and record["llm"]["dtype"] == "float32"
+    assert "changed" not in record["t5"] and record["llm"]["computed"] == "float32"
     assert {name: record["llm"][name] for name in READ} == READ and record["llm"]["prompt"] == PROMPT
     assert isinstance(record["llm"]["answer"], str)
     settings = {"preset": "as trained", "strength": 0.75, "start": 0.0, "end": 1.0}
