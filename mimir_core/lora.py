@@ -304,8 +304,11 @@ def _alphas(checkpoint: Checkpoint, places: Mapping[str, Mapping[str, str]]) -> 
         if module in known or DOWN not in parts or settings.get("lora_alpha") is None:
             continue
         rank = checkpoint.tensors[parts[DOWN]].shape[0]
-        alpha = _patterned(settings.get("alpha_pattern") or {}, module, settings["lora_alpha"])
-        known[module] = float(alpha) * (sqrt(rank) if settings.get("use_rslora") else 1.0)
+        try:
+            alpha = float(_patterned(settings.get("alpha_pattern") or {}, module, settings["lora_alpha"]))
+        except (ValueError, TypeError, AttributeError, re.error) as error:
+            raise _unreadable(checkpoint, error) from error
+        known[module] = alpha * (sqrt(rank) if settings.get("use_rslora") else 1.0)
     return known
 
 
@@ -326,7 +329,7 @@ def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _belongs(checkpoint: Checkpoint) -> bool:
     """Whether adapter_config.json is this file's: the file has PEFT's name, or is alone in its folder."""
-    alone = len(list(checkpoint.folder.glob("*.safetensors"))) == 1
+    alone = len(list(checkpoint.folder.glob("*.safetensors"))) <= 1
     return alone or checkpoint.path.stem == "adapter_model"
 
 
@@ -343,9 +346,13 @@ def _decoded(text: str | None, checkpoint: Checkpoint) -> dict[str, Any]:
     try:
         return dict(json.loads(text)) if text else {}
     except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"The LoRA settings of {checkpoint.path.name} cannot be read ({error}): download it again."
-        ) from error
+        raise _unreadable(checkpoint, error) from error
+
+
+def _unreadable(checkpoint: Checkpoint, error: Exception) -> ValueError:
+    return ValueError(
+        f"The LoRA settings of {checkpoint.path.name} cannot be read ({error}): download it again."
+    )
 
 
 def _patterned(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
