@@ -37,19 +37,24 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return get
 
 
-def tokens(seed: int) -> torch.Tensor:
-    return torch.randn(1, 16, references.TEXT_WIDTH, generator=torch.Generator().manual_seed(seed))
+def tokens(seed: int, length: int = 16) -> torch.Tensor:
+    return torch.randn(1, length, references.TEXT_WIDTH, generator=torch.Generator().manual_seed(seed))
 
 
 def ksampler(
-    model: Any, latent: torch.Tensor, steps: int = 4, denoise: float = 1.0, noise: torch.Tensor | None = None
+    model: Any,
+    latent: torch.Tensor,
+    steps: int = 4,
+    denoise: float = 1.0,
+    noise: torch.Tensor | None = None,
+    longer: int = 0,
 ) -> torch.Tensor:
-    """What core's KSampler gives, for the noise of SEED or for `noise`."""
-    positive, negative = ([[tokens(seed), {"pooled_output": None}]] for seed in (1, 2))
+    """What core's KSampler gives, for the noise of SEED or for `noise`; `longer`: of the positive text."""
+    conditions = [[[tokens(1, 16 + longer), {}]], [[tokens(2), {}]]]
     noise = comfy.sample.prepare_noise(latent, SEED) if noise is None else noise
     with torch.inference_mode():
         return comfy.sample.sample(
-            model, noise, steps, CFG, "euler", "simple", positive, negative, latent, denoise, seed=SEED
+            model, noise, steps, CFG, "euler", "simple", *conditions, latent, denoise, seed=SEED
         )
 
 
@@ -108,21 +113,21 @@ def test_video_to_video_is_the_pipelines_second_half(load, variant):
 @pytest.mark.parametrize(
     "config", [references.DIT_5B, references.DIT_2B, references.DIT_15], ids=["5b", "2b", "1.5"]
 )
-def test_compiled_in_one_piece(load, config):
+@pytest.mark.parametrize("longer", [0, 4])
+def test_compiled_in_one_piece(tmp_path, config, longer):
     """With PyTorch's attention the whole forward pass is one graph, compiled once for all steps."""
     from comfy_extras.nodes_torch_compile import TorchCompileModel
     from torch import _dynamo as dynamo
 
-    _, model = load(config)
-    plain = with_attention(model, attention.attention_pytorch)
-    expected = ksampler(plain, empty())
+    references.transformer(**config).save_pretrained(tmp_path)
+    plain = with_attention(host_model.load_dit(tmp_path), attention.attention_pytorch)
     dynamo.reset()
     dynamo.utils.counters.clear()
     compiled = TorchCompileModel.EXECUTE_NORMALIZED(model=plain, backend="cudagraphs").result[0]
-    found = ksampler(compiled, empty())
+    found = ksampler(compiled, empty(), longer=longer)
     assert not dynamo.utils.counters["graph_break"]
     assert dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert relative(found, expected) < 1e-4
+    assert relative(found, ksampler(plain, empty(), longer=longer)) < 1e-4
 
 
 def with_attention(model: Any, function: Any) -> Any:
