@@ -160,8 +160,9 @@ def quantised(name: str) -> bool:
 def infer_dit(shapes: Mapping[str, tuple[int, ...]]) -> DiTConfig:
     """The configuration of a CogVideoX transformer from its tensor shapes, diffusers' names.
 
-    The names do not tell sin-cos positions from rotary ones: 30 layers of width 1920 are the 2B, the only one
-    with sin-cos; all else is rotary.
+    The names do not tell sin-cos positions from rotary ones. The 2B, fine-tuned or with layers taken out, is
+    the only one of width 1920 and the only one with sin-cos; all else is rotary. A file that breaks this rule
+    needs its config.json beside it.
     """
     width, text = shapes["patch_embed.text_proj.weight"]
     head = shapes["transformer_blocks.0.attn1.norm_q.weight"][0]
@@ -182,7 +183,7 @@ def infer_dit(shapes: Mapping[str, tuple[int, ...]]) -> DiTConfig:
         patch_size_t=patch_t,
         patch_bias="patch_embed.proj.bias" in shapes and not temporal,
         attention_bias="transformer_blocks.0.attn1.to_q.bias" in shapes,
-        use_rotary_positional_embeddings=(layers, width) != (30, 1920),
+        use_rotary_positional_embeddings=width != DIT_PRESETS["2b"].width,
         sample_width=native.sample_width,
         sample_height=native.sample_height,
         sample_frames=native.sample_frames,
@@ -193,14 +194,21 @@ def dit_variant(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """In words, what a CogVideoX transformer is that is not a text-to-video one; None when it is one."""
     projection = shapes["patch_embed.proj.weight"]
     channels = projection[1] if len(projection) == 4 else projection[1] // 8
-    image_to_video = "a CogVideoX image-to-video transformer"
-    if any(name.startswith("ofs_embedding.") for name in shapes) or "patch_embed.pos_embedding" in shapes:
-        return image_to_video
+    if any(name.startswith("local_facial_extractor.") for name in shapes):
+        return "ConsisID, a transformer for videos of a given face"
+    if any(name.startswith("ofs_embedding.") for name in shapes):
+        return "CogVideoX1.5-5B-I2V, an image-to-video transformer"
+    if channels == 32 and "patch_embed.pos_embedding" in shapes:
+        return "CogVideoX-5B-I2V, an image-to-video transformer"
+    if channels == 32 and "pos_embedding" in shapes:
+        return "a CogVideoX-Fun control or pose transformer"
+    if channels == 16 and {"patch_embed.pos_embedding", "pos_embedding"} & set(shapes):
+        return "a CogVideoX transformer with learned positions"
     known = {
         16: None,
-        32: f"{image_to_video} or a CogVideoX-Fun control one",
-        33: "a CogVideoX-Fun inpainting transformer",
-        48: "a CogVideoX inpainting transformer (CogVideoX-Fun, VOID)",
+        32: "a CogVideoX image-to-video or CogVideoX-Fun control transformer",
+        33: "a CogVideoX-Fun inpainting (InP) transformer",
+        48: "a CogVideoX transformer for inpainting masked video (VOID)",
     }
     return known.get(channels, f"a CogVideoX transformer for {channels} latent channels instead of 16")
 

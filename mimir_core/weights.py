@@ -50,6 +50,11 @@ TRANSFORMER = Wanted(
     "choose the transformer of CogVideoX-2B, CogVideoX-5B or CogVideoX1.5-5B, as its folder or as one file",
     "transformer",
 )
+# The same for a file that has another task, and is perhaps the one that somebody wants.
+TEXT_TO_VIDEO = TRANSFORMER._replace(
+    remedy="choose the one for text to video (CogVideoX_5b_bf16.safetensors, or the folder of CogVideoX-2B, "
+    "CogVideoX-5B or CogVideoX1.5-5B), or another pack, such as ComfyUI-CogVideoXWrapper, for this file"
+)
 VAE = Wanted("a CogVideoX VAE", "choose the VAE of a CogVideoX model", "vae")
 T5 = Wanted(
     "a T5 v1.1 encoder",
@@ -139,7 +144,7 @@ def check_transformer(path: str | Path) -> Checked[DiTConfig]:
     shapes = _shapes(checkpoint, names)
     other = dit_variant(shapes)
     if other is not None:
-        raise refusal(checkpoint.path, other, TRANSFORMER)
+        raise refusal(checkpoint.path, other, TEXT_TO_VIDEO)
     values = _settings(checkpoint, "_class_name", "CogVideoXTransformer3DModel")
     config = _configured(DiTConfig, values, checkpoint) if values else infer_dit(shapes)
     with torch.device("meta"):

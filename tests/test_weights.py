@@ -143,25 +143,40 @@ def test_published_sizes_are_inferred_from_their_shapes(name):
     assert R.dit_variant(shapes) is None
 
 
+LEARNED = {"use_learned_positional_embeddings": True, "sample_height": 4, "sample_width": 4}
+
+
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"in_channels": 32}, "image-to-video"),
-        ({"in_channels": 33}, "inpainting"),
-        ({"in_channels": 48}, "inpainting"),
-        ({"ofs_embed_dim": 8, "patch_size_t": 2}, "image-to-video"),
+        ({"in_channels": 32}, "image-to-video or CogVideoX-Fun control"),
+        ({"in_channels": 33}, "CogVideoX-Fun inpainting"),
+        ({"in_channels": 33, "patch_size_t": 2}, "CogVideoX-Fun inpainting"),
+        ({"in_channels": 48, "patch_size_t": 2}, "inpainting masked video .VOID"),
         (
-            {"use_learned_positional_embeddings": True, "sample_height": 4, "sample_width": 4},
-            "image-to-video",
+            {"in_channels": 32, "ofs_embed_dim": 8, "patch_size_t": 2},
+            "CogVideoX1.5-5B-I2V, an image-to-video",
         ),
+        ({"in_channels": 32, **LEARNED}, "CogVideoX-5B-I2V, an image-to-video"),
+        (LEARNED, "learned positions"),
     ],
 )
 def test_other_cogvideox_variants_are_named_and_refused(tmp_path, change, words):
     model = diffusers.CogVideoXTransformer3DModel(**{**to_dict(DIT), **change})
     model.save_pretrained(tmp_path / "folder")
     for path in (tmp_path / "folder", single(tmp_path / "folder", tmp_path / "x.safetensors")):
-        with pytest.raises(ValueError, match=f"{words}.*text-to-video transformer is needed.*CogVideoX-5B"):
+        needed = "text-to-video transformer is needed.*CogVideoX_5b_bf16.*ComfyUI-CogVideoXWrapper"
+        with pytest.raises(ValueError, match=f"{words}.*{needed}") as error:
             W.read_transformer(path)
+        assert len(str(error.value)) < 420
+
+
+def test_a_2b_of_fewer_layers_keeps_its_positions():
+    with torch.device("meta"):
+        theirs = diffusers.CogVideoXTransformer3DModel(**{**to_dict(DIT_PRESETS["2b"]), "num_layers": 24})
+    shapes = {key: tuple(value.shape) for key, value in theirs.state_dict().items()}
+    found = R.infer_dit(shapes)
+    assert found.num_layers == 24 and not found.use_rotary_positional_embeddings
 
 
 def test_own_file_describes_itself(tmp_path):
