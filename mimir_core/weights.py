@@ -6,7 +6,7 @@ What is read may lie in a single file, in a Hugging Face or diffusers folder wit
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -44,6 +44,7 @@ from .scaled import dequantised, is_scaled, unread
 from .vae import build_vae
 
 C = TypeVar("C")
+R = TypeVar("R")
 
 TRANSFORMER = Wanted(
     "a CogVideoX text-to-video transformer",
@@ -142,11 +143,15 @@ def read_fuser(path: str | Path) -> Loaded[FuserConfig]:
 def check_transformer(path: str | Path) -> Checked[DiTConfig]:
     checkpoint, names = _open(path, TRANSFORMER, "cogvideox-transformer", "cogvideox-comfy")
     shapes = _shapes(checkpoint, names)
-    other = dit_variant(shapes)
+    other = _inferred(dit_variant, shapes, checkpoint, TRANSFORMER)
     if other is not None:
         raise refusal(checkpoint.path, other, TEXT_TO_VIDEO)
     values = _settings(checkpoint, "_class_name", "CogVideoXTransformer3DModel")
-    config = _configured(DiTConfig, values, checkpoint) if values else infer_dit(shapes)
+    config = (
+        _configured(DiTConfig, values, checkpoint)
+        if values
+        else _inferred(infer_dit, shapes, checkpoint, TRANSFORMER)
+    )
     with torch.device("meta"):
         expected = CogVideoXTransformer(config).state_dict()
     return _complete(Checked(checkpoint, config, names), _shapes_of(expected), TRANSFORMER)
@@ -155,7 +160,7 @@ def check_transformer(path: str | Path) -> Checked[DiTConfig]:
 def check_vae(path: str | Path) -> Checked[dict[str, Any]]:
     checkpoint, names = _open(path, VAE, "cogvideox-vae")
     values = _settings(checkpoint, "_class_name", "AutoencoderKLCogVideoX")
-    config = dict(values) if values else infer_vae(_shapes(checkpoint, names))
+    config = dict(values) if values else _inferred(infer_vae, _shapes(checkpoint, names), checkpoint, VAE)
     expected = build_vae(config, device="meta").state_dict()
     return _complete(Checked(checkpoint, config, names), _shapes_of(expected), VAE)
 
@@ -167,7 +172,9 @@ def check_t5(path: str | Path) -> Checked[T5Config]:
     }
     shapes = _shapes(checkpoint, names)
     values = _settings(checkpoint, "model_type", "t5")
-    config = _configured(T5Config, values, checkpoint) if values else infer_t5(shapes)
+    config = (
+        _configured(T5Config, values, checkpoint) if values else _inferred(infer_t5, shapes, checkpoint, T5)
+    )
     expected = {name: shapes.get(name, ()) for name in t5_names(config)}
     embeddings = {"shared.weight", "encoder.embed_tokens.weight"} & set(shapes)
     expected.update({name: (config.vocab_size, config.d_model) for name in embeddings})
@@ -301,6 +308,20 @@ def _configured(cls: Any, values: Mapping[str, Any], checkpoint: Checkpoint) -> 
         return cls.from_dict(values)
     except ValueError as error:
         raise ValueError(f"The configuration of {checkpoint.path.name} does not fit: {error}.") from error
+
+
+def _inferred(
+    infer: Callable[[Mapping[str, tuple[int, ...]]], R],
+    shapes: Mapping[str, tuple[int, ...]],
+    checkpoint: Checkpoint,
+    wanted: Wanted,
+) -> R:
+    """infer(shapes), or the refusal of a file that lacks a tensor which this takes."""
+    try:
+        return infer(shapes)
+    except (KeyError, IndexError) as error:
+        found = f"{wanted.name} of which parts are missing ({error.args[0]})"
+        raise refusal(checkpoint.path, found, wanted._replace(name="a complete one")) from error
 
 
 def _diffusion(checkpoint: Checkpoint, config: DiTConfig) -> DiffusionConfig:

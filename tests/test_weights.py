@@ -385,6 +385,21 @@ def test_missing_and_unknown_tensors_are_named(root, tmp_path):
         W.read_transformer(tmp_path / "x.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("slot", "folder", "lost"),
+    [
+        ("transformer", "transformer", "patch_embed.proj.weight"),
+        ("vae", "vae", "encoder.down_blocks.0.resnets.0.conv1.conv.weight"),
+        ("t5", "text_encoder", "encoder.block.0.layer.1.DenseReluDense.wi_0.weight"),
+    ],
+)
+def test_a_missing_tensor_that_tells_the_size_is_named(root, tmp_path, slot, folder, lost):
+    state = whole(root / folder)
+    save_file({name: tensor for name, tensor in state.items() if name != lost}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=f"parts are missing .{lost}.*complete one is needed"):
+        READERS[slot](tmp_path / "x.safetensors")
+
+
 def test_an_index_cannot_reach_outside_its_folder(root, tmp_path):
     folder = tmp_path / "phi"
     shutil.copytree(root / "phi", folder)
