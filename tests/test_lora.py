@@ -155,7 +155,6 @@ def test_the_linear_patches_of_one_and_a_half(tmp_path):
     assert torch.allclose(added.double(), change(found["patch_embed.proj"], added.shape), atol=1e-6)
 
 
-# One name for each form that is in use: from PEFT's to the file's.
 def named(prefix: str, old: str = "", new: str = "") -> Callable[[str], str]:
     return lambda name: prefix + name.replace(old, new)
 
@@ -177,7 +176,7 @@ def native(name: str) -> str:
     return f"diffusion_model.{to_comfy(module + '.')[:-1]}.{side}.weight"
 
 
-FORMS: dict[str, Callable[[str], str]] = {
+FORMS: dict[str, Callable[[str], str]] = {  # from PEFT's name to the file's
     "no prefix": named(""),
     "diffusers": named("transformer."),
     "PEFT": named("base_model.model."),
@@ -186,7 +185,7 @@ FORMS: dict[str, Callable[[str], str]] = {
     "core checkpoint": named("model.diffusion_model."),
     "DiffSynth": named("pipe.dit."),
     "adapter name": lambda name: "transformer." + name.replace(".weight", ".default.weight"),
-    "without .weight": lambda name: "transformer." + name.removesuffix(".weight"),
+    "no .weight": lambda name: "transformer." + name.removesuffix(".weight"),
     "lora.down": lambda name: "transformer." + lora_down(name, "lora.{}"),
     "lora_down": lambda name: "diffusion_model." + lora_down(name, "lora_{}"),
     "lora_linear_layer": lambda name: "transformer." + lora_down(name, "lora_linear_layer.{}"),
@@ -317,12 +316,9 @@ def test_settings_of_another_file_are_left_alone(plain, lora, tmp_path):
 
 def test_differences_and_biases(lora):
     norm, query = torch.randn(64), torch.randn(64, 64)
-    tensors = {
-        "diffusion_model.norm_final.diff": norm,
-        "diffusion_model.norm_final.diff_b": -norm,
-        "diffusion_model.transformer_blocks.0.attn1.to_q.diff": query,
-    }
-    found = loaded(lora(tensors))
+    final = "diffusion_model.norm_final"
+    tensors = {f"{final}.diff": norm, f"{final}.diff_b": -norm}
+    found = loaded(lora({**tensors, "transformer_blocks.0.attn1.to_q.diff": query}))
     assert torch.equal(found["norm_final"].tensors["diff"], norm)
     assert torch.equal(found["norm_final"].tensors["diff_b"], -norm)
     assert torch.equal(found["transformer_blocks.0.attn1.to_q"].tensors["diff"], query)
@@ -330,9 +326,9 @@ def test_differences_and_biases(lora):
 
 def test_loha_and_lokr_are_measured(lora):
     name = "lora_unet_transformer_blocks_0_ff_net_2"
-    wide = {f"{name}.hada_w{i}_a": torch.ones(64, 2) for i in (1, 2)}
-    wide.update({f"{name}.hada_w{i}_b": torch.ones(2, 256) for i in (1, 2)})
-    assert list(loaded(lora(wide))) == ["transformer_blocks.0.ff.net.2"]
+    rows, columns = torch.ones(64, 2), torch.ones(2, 256)
+    both = {f"{name}.hada_w{i}_{side}": part for i in (1, 2) for side, part in (("a", rows), ("b", columns))}
+    assert list(loaded(lora(both))) == ["transformer_blocks.0.ff.net.2"]
     kron = {f"{name}.lokr_w1": torch.ones(8, 16), f"{name}.lokr_w2_a": torch.ones(8, 2)}
     kron[f"{name}.lokr_w2_b"] = torch.ones(2, 16)
     assert list(loaded(lora(kron))) == ["transformer_blocks.0.ff.net.2"]
