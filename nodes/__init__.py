@@ -7,6 +7,7 @@ from .decode import MimirVAEDecode, MimirVAEEncode
 from .encode import MimirPhiEncode, MimirT5Encode
 from .fuse import MimirTokenFuser
 from .host import files
+from .inspect_file import MimirInspectFile
 from .latent import MimirEmptyLatent
 from .load import MimirLoadFuser, MimirLoadModel, MimirLoadPhi, MimirLoadT5, MimirLoadTiny, MimirLoadVAE
 from .lora import MimirLoadLora
@@ -20,6 +21,7 @@ NODES: list[type[io.ComfyNode]] = [
     MimirLoadFuser,
     MimirLoadVAE,
     MimirLoadLora,
+    MimirInspectFile,
     MimirT5Encode,
     MimirPhiEncode,
     MimirTokenFuser,

@@ -1,13 +1,17 @@
 """Loaders: one per part of Mimir. What a file is, is read from its keys and shapes, never from its name."""
 
-from comfy_api.latest import io
+from typing import Any
 
+from comfy_api.latest import io, ui
+
+from ..mimir_core.describe import describe
 from .host import files
 from .host.fuser import UNTRAINED, load_fuser, untrained_fuser
 from .host.model import DTYPES, load_dit
 from .host.phi import DEVICES as PHI_DEVICES
 from .host.phi import DTYPES as PHI_DTYPES
 from .host.phi import load_phi
+from .host.report import say
 from .host.t5 import load_t5
 from .host.tiny import FOLDER, MIMIR, fuser_names, load_tiny
 from .host.vae import load_vae
@@ -107,7 +111,8 @@ class MimirLoadModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str, dtype: str) -> io.NodeOutput:
-        return io.NodeOutput(load_dit(files.resolve(files.DIFFUSION, model_name), dtype))
+        patcher = load_dit(files.resolve(files.DIFFUSION, model_name), dtype)
+        return io.NodeOutput(patcher, ui=_loaded(files.DIFFUSION, model_name, patcher.model))
 
 
 class MimirLoadT5(io.ComfyNode):
@@ -142,7 +147,8 @@ class MimirLoadT5(io.ComfyNode):
 
     @classmethod
     def execute(cls, t5_name: str) -> io.NodeOutput:
-        return io.NodeOutput(load_t5(files.resolve(files.TEXT, t5_name)))
+        clip = load_t5(files.resolve(files.TEXT, t5_name))
+        return io.NodeOutput(clip, ui=_loaded(files.TEXT, t5_name, clip.cond_stage_model))
 
 
 class MimirLoadPhi(io.ComfyNode):
@@ -198,7 +204,8 @@ class MimirLoadPhi(io.ComfyNode):
 
     @classmethod
     def execute(cls, phi_name: str, dtype: str = "default", device: str = "default") -> io.NodeOutput:
-        return io.NodeOutput(load_phi(files.resolve(files.TEXT, phi_name), dtype, device))
+        clip = load_phi(files.resolve(files.TEXT, phi_name), dtype, device)
+        return io.NodeOutput(clip, ui=_loaded(files.TEXT, phi_name, clip.cond_stage_model))
 
 
 class MimirLoadFuser(io.ComfyNode):
@@ -233,7 +240,8 @@ class MimirLoadFuser(io.ComfyNode):
     def execute(cls, fuser_name: str) -> io.NodeOutput:
         if fuser_name == UNTRAINED:
             return io.NodeOutput(untrained_fuser())
-        return io.NodeOutput(load_fuser(files.resolve(files.FUSER, fuser_name)))
+        fuser = load_fuser(files.resolve(files.FUSER, fuser_name))
+        return io.NodeOutput(fuser, ui=_loaded(files.FUSER, fuser_name, fuser))
 
 
 class MimirLoadVAE(io.ComfyNode):
@@ -267,4 +275,11 @@ class MimirLoadVAE(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae_name: str) -> io.NodeOutput:
-        return io.NodeOutput(load_vae(files.resolve(files.VAE, vae_name)))
+        vae = load_vae(files.resolve(files.VAE, vae_name))
+        return io.NodeOutput(vae, ui=_loaded(files.VAE, vae_name, vae))
+
+
+def _loaded(key: str, name: str, model: Any) -> ui.PreviewText:
+    """Says on the node what was loaded, and what became of it where that is not as one would expect."""
+    found = describe(files.resolve(key, name), files.PARTS.get(key, ""))
+    return say(" ".join(filter(None, (f"{found.line}.", getattr(model, "note", "")))))

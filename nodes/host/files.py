@@ -7,6 +7,11 @@ import folder_paths
 
 DIFFUSION, TEXT, VAE, FUSER = "diffusion_models", "text_encoders", "vae", "mimir"
 LORA = "loras"
+PARTS = {
+    DIFFUSION: "transformer",
+    TEXT: "text_encoder",
+    VAE: "vae",
+}  # of the root folder of a diffusers model
 SUFFIXES = (".safetensors", ".sft")
 DEPTH = 3  # how deep below a model folder a Hugging Face folder is looked for
 
@@ -23,6 +28,22 @@ def choices(key: str, folders: bool = True) -> list[str]:
     found = _model_folders(key) if folders else set()
     files = {name for name in folder_paths.get_filename_list(key) if name.lower().endswith(SUFFIXES)}
     return sorted(found) + sorted(name for name in files if not _inside(name, found))
+
+
+def everything() -> list[str]:
+    """Names for a combo: every model file and folder under our keys, as key/name, of whatever format."""
+    found: list[str] = []
+    for key in (DIFFUSION, TEXT, VAE, FUSER, LORA):
+        folders = _model_folders(key)
+        other = (name for name in folder_paths.get_filename_list(key) if not _inside(name, folders))
+        found += [f"{key}/{name}" for name in (*sorted(folders), *sorted(other))]
+    return found
+
+
+def split(name: str) -> tuple[str, str]:
+    """(folder key, name under it) of a name that `everything` gave."""
+    key, _, rest = name.partition("/")
+    return key, rest
 
 
 def resolve(key: str, name: str) -> Path:

@@ -15,6 +15,8 @@ from ...mimir_core.scaled import Scaled, dequantised, is_scaled, scaled
 
 log = logging.getLogger(__name__)
 
+CANNOT_KEEP = "This ComfyUI cannot keep scaled fp8 weights: they become 16 bit and take twice the memory."
+
 
 class Weights(NamedTuple):
     """A state as this host loads it, and the operations that read it; None: the usual ones."""
@@ -22,6 +24,7 @@ class Weights(NamedTuple):
     state: dict[str, Tensor]
     operations: Any | None
     layers: dict[str, Any]  # what the host calls the quantisation of each layer
+    note: str = ""  # for the person who loads it
 
     @property
     def kept(self) -> bool:
@@ -39,8 +42,8 @@ def as_they_are(
         return Weights(dict(state), None, {})
     found = keep(scaled(state), compute, fast)
     if found is None:
-        log.warning("Mimir: this ComfyUI cannot keep scaled fp8 weights, they take twice the memory.")
-        return Weights(dequantised(state, instead), None, {})
+        log.warning("Mimir: %s", CANNOT_KEEP)
+        return Weights(dequantised(state, instead), None, {}, CANNOT_KEEP)
     return found
 
 

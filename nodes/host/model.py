@@ -57,17 +57,18 @@ def load_dit(
     """
     source = weights.read_transformer(path, plain=False)
     log_choice()
-    config, state = _host_config(source.config, source.diffusion, dtype, source.state)
+    config, found = _host_config(source.config, source.diffusion, dtype, source.state)
     config.latent_format = MimirLatent(source.diffusion.latent_scale, source.header.get("preview"))
     model = MimirModel(config, source.config, source.diffusion)
+    model.origin, model.note = source.origin, found.note
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else core_patcher()
     patcher = patcher_class(
         model, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
     )
     assigns = "assign" in inspect.signature(model.load_model_weights).parameters  # 0.33
     if config.unet_config["dtype"].itemsize == 1:
-        keep_fine_parts(model.diffusion_model, state, cast=dtype != "default")
-    model.load_model_weights(state, "", **({"assign": patcher.is_dynamic()} if assigns else {}))
+        keep_fine_parts(model.diffusion_model, found.state, cast=dtype != "default")
+    model.load_model_weights(found.state, "", **({"assign": patcher.is_dynamic()} if assigns else {}))
     patcher.cached_patcher_init = (load_dit, (path, dtype))
     if source.config.patch_size_t:
         patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, pad_frames(source.config.patch_size_t))
@@ -161,6 +162,8 @@ class MimirModel(comfy.model_base.BaseModel):
             model_config, comfy.model_base.ModelType.V_PREDICTION, device=device, unet_model=HostDiT
         )
         self.dit, self.diffusion = dit, diffusion
+        self.origin: dict[str, str] | None = None  # which weights: {"file", "fingerprint"}
+        self.note = ""  # for the person who loads it
         self.model_sampling = MimirSampling(model_config)
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
@@ -270,8 +273,8 @@ class _Config(comfy.supported_models_base.BASE):
 
 def _host_config(
     dit: DiTConfig, diffusion: DiffusionConfig, dtype: str, state: Mapping[str, Tensor]
-) -> tuple[_Config, dict[str, Tensor]]:
-    """The host's description of a model: what to build, how to sample, which dtypes; and the state for it."""
+) -> tuple[_Config, Weights]:
+    """The host's description of a model: what to build, how to sample, which dtypes; and weights for it."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype is '{dtype}', expected one of {', '.join(DTYPES)}")
     config = _Config({"image_model": KEY, "dit": dit})
@@ -286,7 +289,7 @@ def _host_config(
     wanted = wanted or _automatic(config, found.state, comfy.utils.weight_dtype(found.state))
     config.set_inference_dtype(wanted, _cast(config, wanted))
     config.optimizations["fp8"] = fast
-    return config, found.state
+    return config, found
 
 
 def _weights(config: _Config, state: Mapping[str, Tensor], wanted: torch.dtype | None, fast: bool) -> Weights:

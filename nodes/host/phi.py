@@ -23,7 +23,7 @@ from ...mimir_core.text import PhiTokenizer
 from ...mimir_core.tokens import LlmTokens
 from .attention import text_attention
 from .conditioning import origin_of
-from .fp8 import Weights, as_they_are, keep, keep_fine_parts
+from .fp8 import CANNOT_KEEP, Weights, as_they_are, keep, keep_fine_parts
 from .patcher import build_clip
 from .report import naming, progress, require_finite
 
@@ -87,7 +87,8 @@ def stored_as(dtype: str, config: PhiConfig, state: dict[str, Tensor], device: t
         found = keep(quantise(state, wide_layers), compute)
         if found is not None:
             return found
-        log.warning("Mimir: this ComfyUI cannot keep scaled fp8 weights, Phi-3.5 stays as it is on disk.")
+        log.warning("Mimir: %s", CANNOT_KEEP)
+        return Weights(dict(state), None, {}, CANNOT_KEEP)
     return as_they_are(state, compute, torch.bfloat16)
 
 
@@ -216,6 +217,7 @@ class PhiModel(nn.Module):
         ).eval()
         self.execution_device: Any = None
         self.origin: dict[str, str] | None = None  # which weights: {"file", "fingerprint"}
+        self.note = ""  # for the person who loads it
 
     def set_clip_options(self, options: dict[str, Any]) -> None:
         self.execution_device = options.get("execution_device", self.execution_device)

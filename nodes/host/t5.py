@@ -20,7 +20,7 @@ from ...mimir_core import weights
 from ...mimir_core.config import T5_PRESETS, T5Config
 from ...mimir_core.text import Cut, load_tokenizer, t5_tokens
 from .conditioning import record_text
-from .fp8 import as_they_are
+from .fp8 import Weights, as_they_are
 from .patcher import build_clip
 from .report import naming, require_finite
 
@@ -43,12 +43,12 @@ def load_t5(path: Path, length: int = TEXT_LENGTH, disable_dynamic: bool = False
     embedding = state.pop("encoder.embed_tokens.weight", None)  # the same tensor under its second name
     if embedding is not None:
         state.setdefault("shared.weight", embedding)
-    state, options = _options(state)
+    found, options = _options(state)
     with naming(path):
         tokens = partial(T5Tokens, load_tokenizer(folder), length)
     target = ClipTarget(tokens, partial(T5Model, source.config, options))
-    clip = build_clip(target, state, disable_dynamic)
-    clip.cond_stage_model.origin = source.origin
+    clip = build_clip(target, found.state, disable_dynamic)
+    clip.cond_stage_model.origin, clip.cond_stage_model.note = source.origin, found.note
     clip.patcher.cached_patcher_init = (_reload, (path, length))
     return clip
 
@@ -205,11 +205,11 @@ def _host_config(config: T5Config) -> dict[str, Any]:
     return {name: getattr(config, name) for name in names}
 
 
-def _options(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _options(state: Mapping[str, Tensor]) -> tuple[Weights, dict[str, Any]]:
     """The state as this host wants it, and what its T5 must be told: dtype, operations for scaled fp8."""
     dtype = state["encoder.final_layer_norm.weight"].dtype
     found = as_they_are(state, dtype, torch.float16)
     options: dict[str, Any] = {"dtype_t5": dtype}
     if found.kept:
         options["custom_operations"] = found.operations
-    return found.state, options
+    return found, options

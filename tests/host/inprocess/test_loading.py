@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,43 @@ def test_a_missing_tokenizer_names_the_chosen_file(models, run_node, kind, monke
 def test_a_part_in_anothers_slot_is_named(models, run_node, kind, name, what):
     with pytest.raises(ValueError, match=what):
         run(kind, name, run_node)
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_loader_says_what_it_has_loaded(models, kind):
+    name = f"right/{'fuser.safetensors' if kind == 'fuser' else kind}"
+    node, _, options, argument = LOADERS[kind]
+    with torch.inference_mode():
+        said = node.EXECUTE_NORMALIZED(**{argument: name, **options}).ui.value
+    words = {
+        "dit": "CogVideoX transformer of 2 layers",
+        "t5": "T5 v1.1 encoder of 2 layers",
+        "phi": "Phi-3 of 3 layers",
+        "fuser": "Token Fuser",
+        "vae": "CogVideoX VAE",
+    }
+    assert said.startswith(words[kind]) and ", fp32, " in said and said.endswith("B.")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("right/dit", "Node: Load Mimir DiT"),
+        ("right/phi", "Node: Load Phi-3.5"),
+        ("t5_alone.safetensors", "Node: Load T5"),
+        ("sd15.safetensors", "Not usable: it is a Stable Diffusion"),
+        ("text.safetensors", "Not usable: text.safetensors is a text file"),
+        ("shards_without_index", "Not usable: .*without their index"),
+    ],
+)
+def test_file_info_tells_right_and_wrong_files(models, run_node, name, words):
+    from mimir_pack.nodes.inspect_file import MimirInspectFile
+
+    chosen = f"{files.DIFFUSION}/{name}"
+    assert chosen in files.everything()
+    (info,) = run_node(MimirInspectFile, file=chosen)
+    assert info.startswith(f"{Path(name).name}: ") and re.search(words, info)
+    assert MimirInspectFile.fingerprint_inputs(file=chosen) != "missing"
 
 
 def test_untrained_fuser_needs_no_file(run_node):

@@ -14,7 +14,8 @@ from mimir_pack.nodes.latent import MimirEmptyLatent
 
 CONTRACT = [
     "MimirLoadTiny", "MimirLoadModel", "MimirLoadT5", "MimirLoadPhi", "MimirLoadFuser", "MimirLoadVAE",
-    "MimirLoadLora", "MimirT5Encode", "MimirPhiEncode", "MimirTokenFuser", "MimirEmptyLatent", "MimirSampler",
+    "MimirLoadLora", "MimirInspectFile",
+    "MimirT5Encode", "MimirPhiEncode", "MimirTokenFuser", "MimirEmptyLatent", "MimirSampler",
     "MimirVAEDecode", "MimirVAEEncode", "MimirSaveConditioning", "MimirLoadConditioning",
 ]  # fmt: skip
 
