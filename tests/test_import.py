@@ -5,7 +5,9 @@ The same with a whole ComfyUI around it is in tests/host/test_startup.py.
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -105,3 +107,28 @@ spec.loader.exec_module(module)
 assert not hasattr(module, "comfy_entrypoint") and not hasattr(module, "NODE_CLASS_MAPPINGS")
 """
     run_python(code, tmp_path, [])
+
+
+HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "nodes", "server"}
+OPTIONAL = {"xformers"}  # used where it is there
+NAMES = {"PIL": "Pillow"}  # module -> package
+TOOLS = {"tiny", "data", "train", "bench"}  # started by hand, not by a graph; they say what they need
+
+
+def test_a_graph_needs_nothing_beyond_requirements() -> None:
+    """And these are the packages they may name: a new one is a decision, and can break an installation."""
+    text = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    required = set(re.findall(r"^[A-Za-z]+", text, re.MULTILINE))
+    assert required == {
+        "torch", "diffusers", "transformers", "safetensors", "einops", "tokenizers", "numpy", "Pillow"
+    }  # fmt: skip
+    core = (path for path in (ROOT / "mimir_core").rglob("*.py") if path.parent.name not in TOOLS)
+    found: set[str] = set()
+    for path in [*core, *(ROOT / "nodes").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                found.add(node.module.split(".")[0])
+    third_party = found - set(sys.stdlib_module_names) - HOST - OPTIONAL
+    assert {NAMES.get(name, name) for name in third_party} <= required
