@@ -3,10 +3,11 @@
     python run.py demo --prompt "a red circle moves left above a blue square"
     python run.py serve
     python run.py test
+    python run.py bench
 
-`demo` makes a video, `serve` opens a ComfyUI for your browser, `test` runs every check. The first use makes
-.venv and fetches a ComfyUI (both inside this folder, nothing elsewhere); from then on each starts in
-seconds.
+`demo` makes a video, `serve` opens a ComfyUI for your browser, `test` runs every check, `bench` measures our
+speed against diffusers' and ComfyUI's own CogVideoX. The first use makes .venv and fetches a ComfyUI (both
+inside this folder, nothing elsewhere); from then on each starts in seconds.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ RUN_SECONDS = 1800.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     options, rest = _parser().parse_known_args(arguments)
-    if rest and options.command != "test":
+    if rest and options.command not in ("test", "bench"):
         _parser().error(f"unknown arguments: {' '.join(rest)}")
     options.rest = rest
     for stream in (sys.stdout, sys.stderr):  # a console that lacks a letter of the prompt prints "?" for it
@@ -68,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | serve | test")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | serve | test | bench")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--comfyui", metavar="PATH", help="use the ComfyUI in this folder (also: COMFYUI_PATH)"
@@ -93,6 +94,14 @@ def _parser() -> argparse.ArgumentParser:
         "test", parents=[common], help="run ruff, pyright and pytest; with pytest arguments, pytest only"
     )
     test_.set_defaults(run=test)
+
+    bench_ = commands.add_parser(
+        "bench",
+        parents=[common],
+        help="measure the speed; other arguments go to the benchmark (python -m mimir_core.bench --help)",
+    )
+    bench_.add_argument("--host-flags", metavar="FLAGS", help="ComfyUI's own start-up flags, in one string")
+    bench_.set_defaults(run=bench)
     return parser
 
 
@@ -263,6 +272,16 @@ def test(options: argparse.Namespace) -> int:
         say(f"--- {name}: {time.monotonic() - start:.0f} s")
     say(f"\nFAILED: {', '.join(failed)}" if failed else "\nAll checks passed.")
     return 1 if failed else 0
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Measure inside a ComfyUI; returns the benchmark's exit status."""
+    comfy, environment = prepare(options.comfyui)
+    say(f"Measuring with ComfyUI {comfy.version} in {comfy.path}")
+    code = "import sys; sys.path.append(sys.argv.pop(1)); from launcher.inside import main; sys.exit(main())"
+    command = [str(environment.python), "-c", code, str(ROOT), str(comfy.path)]  # -m fails in portable builds
+    command += [f"--host-flags={options.host_flags}"] if options.host_flags else []
+    return subprocess.run([*command, *options.rest], cwd=ROOT).returncode
 
 
 def _explain(error: OSError) -> Failure:

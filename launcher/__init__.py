@@ -8,6 +8,7 @@ server       starts that ComfyUI with this pack, and stops it
 client       its HTTP API: queue, follow, fetch
 websocket    the few lines of RFC 6455 that following needs
 workflow     turns a saved workflow into what the API takes
+inside       runs the benchmark inside a ComfyUI, in a process of its own (there it imports both)
 """
 
 import sys

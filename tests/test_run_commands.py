@@ -170,3 +170,27 @@ def test_run_imports_the_standard_library_only(tmp_path):
 
 def test_a_full_disk_is_explained():
     assert "disk is full" in run._explain(OSError(28, "No space left on device")).problem
+
+
+def test_bench_runs_inside_the_host_with_its_arguments(monkeypatch, tmp_path):
+    """Also from a Python that does not look into the current folder, like a portable build's."""
+    comfy = Comfy(tmp_path, "0.33.0")
+    here = environment.Environment(Path(sys.executable), None, cpu=True)
+    commands: list[list[str]] = []
+    monkeypatch.setattr(run, "prepare", lambda comfyui: (comfy, here))
+    monkeypatch.setattr(
+        run.subprocess,
+        "run",
+        lambda command, **_: commands.append(command) or subprocess.CompletedProcess([], 3),
+    )
+    assert run.main(["bench", "--only", "step", "--host-flags=--use-sage-attention --cpu"]) == 3
+    python, option, code, *rest = commands[0]
+    assert (python, option) == (sys.executable, "-c") and "launcher.inside" in code
+    assert rest == [str(ROOT), str(tmp_path), "--host-flags=--use-sage-attention --cpu", "--only", "step"]
+
+
+def test_inside_needs_a_comfyui(tmp_path):
+    from launcher import inside
+
+    with pytest.raises(Failure, match="is not a ComfyUI folder"):
+        inside.main([str(tmp_path)])

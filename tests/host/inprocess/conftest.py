@@ -15,47 +15,25 @@ tests/host/inprocess/test_x.py`.
 
 from __future__ import annotations
 
-import atexit
-import os
-import shutil
-import sys
-import tempfile
-import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def _enter_comfyui() -> None:
     """Put ComfyUI first on sys.path and have its modules set themselves up for the CPU."""
     from launcher.comfyui import find
+    from launcher.inside import enter, name_the_pack
 
     comfy = find()
     if comfy is None:
         pytest.exit("no ComfyUI: `python run.py test` fetches one, or set COMFYUI_PATH", returncode=2)
-    sys.path[:] = [str(comfy.path), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from comfy.cli_args import args
-
-    args.cpu = True
-    args.base_directory = tempfile.mkdtemp(prefix="mimir-inprocess-")
-    atexit.register(shutil.rmtree, args.base_directory, ignore_errors=True)
-
-
-def _name_the_pack() -> None:
-    """Make this checkout importable as the package `mimir_pack`, without running its __init__ (nodes are
-    imported by the tests that want them)."""
-    package = types.ModuleType("mimir_pack")
-    package.__path__ = [str(ROOT)]
-    sys.modules["mimir_pack"] = package
+    enter(comfy, cpu=True)
+    name_the_pack()
 
 
 _enter_comfyui()
-_name_the_pack()
 
 
 @pytest.fixture
