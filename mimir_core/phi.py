@@ -66,7 +66,9 @@ class KeyValueCache:
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Adds new keys and values (B, H, L, d) of one layer and returns all of them (B, H, P + L, d)."""
         old = self.layers[layer]
-        if old is not None:
+        if old is None:
+            values = values.contiguous()  # a view would keep queries and keys alive with it
+        else:
             keys, values = torch.cat((old[0], keys), dim=2), torch.cat((old[1], values), dim=2)
         self.layers[layer] = (keys, values)
         return keys, values

@@ -11,6 +11,7 @@ from .inspect_file import MimirInspectFile
 from .latent import MimirEmptyLatent
 from .load import MimirLoadFuser, MimirLoadModel, MimirLoadPhi, MimirLoadT5, MimirLoadTiny, MimirLoadVAE
 from .lora import MimirLoadLora
+from .plan import MimirPlan
 from .sample import MimirSampler
 
 NODES: list[type[io.ComfyNode]] = [
@@ -22,6 +23,7 @@ NODES: list[type[io.ComfyNode]] = [
     MimirLoadVAE,
     MimirLoadLora,
     MimirInspectFile,
+    MimirPlan,
     MimirT5Encode,
     MimirPhiEncode,
     MimirTokenFuser,

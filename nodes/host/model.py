@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from comfy.patcher_extension import WrapperExecutor, WrappersMP, get_all_wrappers
 from torch import Tensor
 
-from ...mimir_core import weights
+from ...mimir_core import memory, weights
 from ...mimir_core.config import DiffusionConfig, DiTConfig
 from ...mimir_core.diffusion import alphas_cumprod
 from ...mimir_core.dit import CogVideoXTransformer
@@ -279,7 +279,7 @@ def _host_config(
         raise ValueError(f"dtype is '{dtype}', expected one of {', '.join(DTYPES)}")
     config = _Config({"image_model": KEY, "dit": dit})
     config.sampling_settings = {"diffusion": diffusion, "timesteps": diffusion.num_train_timesteps}
-    config.memory_usage_factor = memory_factor(dit)
+    config.memory_usage_factor = memory.host_factor(dit)
     wanted, fast = DTYPES[dtype]
     found = _weights(config, state, wanted, fast)
     if found.kept:
@@ -315,13 +315,3 @@ def _cast(config: _Config, stored: torch.dtype) -> torch.dtype | None:
     return management.unet_manual_cast(
         stored, management.get_torch_device(), config.supported_inference_dtypes
     )
-
-
-def memory_factor(dit: DiTConfig) -> float:
-    """The host's unit: activations in bytes per latent pixel and batch item, over 20972 in 16 bit.
-
-    About 14 tensors of the model's width live at once for each token (the feed-forward's hidden layer and its
-    activation are four widths each). Computed, not measured.
-    """
-    pixels_per_token = dit.patch_size**2 * (dit.patch_size_t or 1)
-    return 14 * 2 * dit.width / pixels_per_token / 20972

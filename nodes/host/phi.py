@@ -14,7 +14,7 @@ import torch
 from comfy.supported_models_base import ClipTarget
 from torch import Tensor, nn
 
-from ...mimir_core import weights
+from ...mimir_core import memory, weights
 from ...mimir_core.config import PhiConfig
 from ...mimir_core.llm import Sampling, encode_prompt, sample
 from ...mimir_core.phi import Phi3ForCausalLM
@@ -124,8 +124,9 @@ def encode(
         raise ValueError(NOT_PHI)
     network: PhiModel = clip.cond_stage_model
     device = clip.patcher.load_device
-    expected = len(prompt) // 3 + answer_tokens  # tokens, roughly
-    management.load_models_gpu([clip.patcher], memory_required=_memory(network.config, expected))
+    expected = len(prompt) // 3 + answer_tokens + 512  # tokens, roughly, with template and instructions
+    needed = memory.phi(network.config, expected, compute_dtype(network.config, device).itemsize, stored=1)
+    management.load_models_gpu([clip.patcher], memory_required=needed)
     tokens = encode_prompt(
         network.phi,
         clip.tokenizer.tokenizer,
@@ -165,12 +166,6 @@ def compute_dtype(config: PhiConfig, device: torch.device) -> torch.dtype:
     """
     large = config.hidden_size >= 1024
     return torch.bfloat16 if large and management.should_use_bf16(device) else torch.float32
-
-
-def _memory(config: PhiConfig, tokens: int) -> int:
-    """Bytes besides the weights: keys, values and hidden states of every layer, in 32 bit, and the mask."""
-    tokens += 512  # template and instructions
-    return 4 * tokens * (3 * config.num_hidden_layers * config.hidden_size + tokens)
 
 
 class PhiTokens:

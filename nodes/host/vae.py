@@ -15,14 +15,13 @@ import comfy.sd
 import torch
 from torch import Tensor, nn
 
+from ...mimir_core import memory, weights
 from ...mimir_core import vae as core
-from ...mimir_core import weights
 from .latent import CHANNELS
 from .report import progress, require_finite
 
 Tiling = Literal["auto", "off", "on"]
 TILINGS: tuple[Tiling, ...] = ("auto", "off", "on")
-FRAMES_AT_ONCE = 9  # the network works on one chunk of time after the other, whatever the length of the video
 SMALLEST_TILE = 64  # pixels
 
 
@@ -64,8 +63,8 @@ class CogVideoXVAE(comfy.sd.VAE):
         self.upscale_ratio = (core.pixel_frames, core.SPACE, core.SPACE)
         self.downscale_ratio = (core.latent_frames, core.SPACE, core.SPACE)
         self.upscale_index_formula = self.downscale_index_formula = (core.TIME, core.SPACE, core.SPACE)
-        self.memory_used_decode = lambda shape, dtype: self._bytes(shape[3] * 8, shape[4] * 8, 2800, dtype)
-        self.memory_used_encode = lambda shape, dtype: self._bytes(shape[3], shape[4], 1400, dtype)
+        self.memory_used_decode = lambda shape, dtype: self._needs(memory.vae_decode, shape, dtype)
+        self.memory_used_encode = lambda shape, dtype: self._needs(memory.vae_encode, shape, dtype)
         self.working_dtypes = _dtypes(network)
         self.device, self.output_device = management.vae_device(), management.intermediate_device()
         self.vae_dtype = management.vae_dtype(self.device, self.working_dtypes)
@@ -84,8 +83,9 @@ class CogVideoXVAE(comfy.sd.VAE):
         return network.tile_sample_min_height, network.tile_sample_min_width
 
     def fits(self, needed: float) -> bool:
-        """Whether the device, empty, could hold `needed` bytes of activations."""
-        return needed < 0.8 * management.get_total_memory(self.device)
+        """Whether the device, empty, could hold the weights and `needed` bytes besides."""
+        room = memory.USABLE * management.get_total_memory(self.device) - management.extra_reserved_memory()
+        return self.model_size() + needed <= room
 
     def decode_tiled_3d(
         self, samples: Tensor, tile_t: int = 0, tile_x: int = 32, tile_y: int = 32, overlap: Any = None
@@ -109,11 +109,20 @@ class CogVideoXVAE(comfy.sd.VAE):
         """For core's VAE Save: the published key names."""
         return self.first_stage_model.network.state_dict()
 
-    def _bytes(self, height: int, width: int, per_pixel: int, dtype: torch.dtype) -> float:
-        """Activations of one chunk. The host found `per_pixel` with 128 channels at full size."""
+    def needs(self, shape: tuple[int, ...], tile: tuple[int, int] | None, encoding: bool = False) -> int:
+        """Bytes besides the weights for one latent or video of a batch (B, C, frames, height, width)."""
+        return self._needs(memory.vae_encode if encoding else memory.vae_decode, shape, self.vae_dtype, tile)
+
+    def _needs(
+        self,
+        count: Callable[..., int],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        tile: tuple[int, int] | None = None,
+    ) -> int:
         network: Any = self.first_stage_model.network
-        share = network.config.block_out_channels[0] / 128
-        return per_pixel * share * FRAMES_AT_ONCE * height * width * management.dtype_size(dtype)
+        size, on_cpu = management.dtype_size(dtype), management.is_device_cpu(self.device)
+        return count(network.config, shape[2:], size, tile, on_cpu)
 
 
 def _dtypes(network: nn.Module) -> list[torch.dtype]:

@@ -14,7 +14,7 @@ from mimir_pack.nodes.latent import MimirEmptyLatent
 
 CONTRACT = [
     "MimirLoadTiny", "MimirLoadModel", "MimirLoadT5", "MimirLoadPhi", "MimirLoadFuser", "MimirLoadVAE",
-    "MimirLoadLora", "MimirInspectFile",
+    "MimirLoadLora", "MimirInspectFile", "MimirPlan",
     "MimirT5Encode", "MimirPhiEncode", "MimirTokenFuser", "MimirEmptyLatent", "MimirSampler",
     "MimirVAEDecode", "MimirVAEEncode", "MimirSaveConditioning", "MimirLoadConditioning",
 ]  # fmt: skip
