@@ -7,7 +7,7 @@ sentence that names the file, says what it is and what was wanted instead, and w
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from safetensors import safe_open
 from torch import Tensor
 
+PIECE = 64_000_000  # values that are mapped at once where they are copied
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library itself
 OUR_KEYS = ("config", "diffusion", "preview")  # header entries of our own files, JSON each
 BLOCK, BLOCKS = 65536, 64  # what `fingerprint` reads of a file's tensors: bytes, how many times
@@ -55,13 +56,20 @@ class Checkpoint:
         """The metadata, with our own entries decoded."""
         return {name: _decoded(name, value) for name, value in self.metadata.items()}
 
-    def load(self, names: Mapping[str, str]) -> dict[str, Tensor]:
-        """{new name: tensor} for `names` {name in the file: new name}, in the dtype on disk, on the CPU."""
+    def load(self, names: Mapping[str, str], own: bool = False) -> dict[str, Tensor]:
+        """{new name: tensor} for `names` {name in the file: new name}, in the dtype on disk, on the CPU.
+
+        The tensors are views of the mapped file, which stays in memory as long as one of them; good for a
+        network that copies them. own: copies, for one that keeps them; the file is mapped piece by piece.
+        """
         state: dict[str, Tensor] = {}
         for file in sorted({self.tensors[name].file for name in names}):
-            with safe_open(str(file), framework="pt", device="cpu") as opened:
-                for name in (name for name in names if self.tensors[name].file == file):
-                    state[names[name]] = opened.get_tensor(name)
+            wanted = [name for name in names if self.tensors[name].file == file]
+            for piece in _pieces(wanted, self.tensors) if own else [wanted]:
+                with safe_open(str(file), framework="pt", device="cpu") as opened:
+                    for name in piece:
+                        tensor = opened.get_tensor(name)
+                        state[names[name]] = tensor.clone() if own else tensor
         return state
 
 
@@ -78,6 +86,19 @@ def open_checkpoint(path: str | Path, wanted: Wanted) -> Checkpoint:
         tensors.update(found)
         metadata.update(notes)
     return Checkpoint(path, files[0].parent, tensors, metadata, _settings(files[0].parent))
+
+
+def _pieces(names: Iterable[str], tensors: Mapping[str, TensorInfo]) -> Iterator[list[str]]:
+    """The names in runs of at least PIECE values."""
+    piece: list[str] = []
+    size = 0
+    for name in names:
+        piece.append(name)
+        size += prod(tensors[name].shape)
+        if size >= PIECE:
+            yield piece
+            piece, size = [], 0
+    yield piece
 
 
 def read_header(file: Path, wanted: Wanted) -> tuple[dict[str, TensorInfo], dict[str, str]]:

@@ -92,9 +92,10 @@ class Checked(Generic[C]):
     config: C
     names: dict[str, str]  # {name in the file: name in our model}
 
-    def read(self) -> Loaded[C]:
+    def read(self, own: bool = False) -> Loaded[C]:
+        """The tensors too; `own` as in Checkpoint.load."""
         checkpoint = self.checkpoint
-        state = checkpoint.load(self.names)
+        state = checkpoint.load(self.names, own)
         return Loaded(checkpoint.path, self.config, state, checkpoint.header, _origin(checkpoint))
 
 
@@ -103,13 +104,13 @@ def inspect(path: str | Path) -> FileKind:
     return recognise(open_checkpoint(path, ANY))[0]
 
 
-def read_transformer(path: str | Path, plain: bool = True) -> LoadedTransformer:
+def read_transformer(path: str | Path, plain: bool = True, own: bool = False) -> LoadedTransformer:
     """A CogVideoX text-to-video transformer in diffusers' or ComfyUI's layout, any size.
 
     plain: scaled fp8 weights as bfloat16; else they stay as they are and their scales in `state`.
     """
     checked = check_transformer(path)
-    found = checked.read()
+    found = checked.read(own)
     state = found.state
     if plain and is_scaled(state):
         state = dequantised(state, torch.bfloat16)
@@ -117,9 +118,9 @@ def read_transformer(path: str | Path, plain: bool = True) -> LoadedTransformer:
     return LoadedTransformer(found.path, found.config, state, found.header, found.origin, diffusion)
 
 
-def read_vae(path: str | Path) -> Loaded[dict[str, Any]]:
+def read_vae(path: str | Path, own: bool = False) -> Loaded[dict[str, Any]]:
     """A CogVideoX VAE; its configuration is diffusers' config.json values."""
-    return check_vae(path).read()
+    return check_vae(path).read(own)
 
 
 def read_t5(path: str | Path) -> Loaded[T5Config]:

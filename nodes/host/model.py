@@ -3,7 +3,6 @@
 Tensors are (B, C, T, H, W) latents and (B, L, D) text tokens.
 """
 
-import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,9 +54,10 @@ def load_dit(
     `dtype` is a key of DTYPES. ValueError, in one sentence, when the file is something else. The signature is
     also that of the host's reload factory (`cached_patcher_init`).
     """
-    source = weights.read_transformer(path, plain=False)
+    source = weights.read_transformer(path, plain=False, own=True)
     log_choice()
     config, found = _host_config(source.config, source.diffusion, dtype, source.state)
+    source.state.clear()  # or changing the precision would hold both
     config.latent_format = MimirLatent(source.diffusion.latent_scale, source.header.get("preview"))
     model = MimirModel(config, source.config, source.diffusion)
     model.origin, model.note = source.origin, found.note
@@ -65,14 +65,26 @@ def load_dit(
     patcher = patcher_class(
         model, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
     )
-    assigns = "assign" in inspect.signature(model.load_model_weights).parameters  # 0.33
     if config.unet_config["dtype"].itemsize == 1:
         keep_fine_parts(model.diffusion_model, found.state, cast=dtype != "default")
-    model.load_model_weights(found.state, "", **({"assign": patcher.is_dynamic()} if assigns else {}))
+    _load_weights(model, found, assign=hasattr(patcher, "is_dynamic") and patcher.is_dynamic())
     patcher.cached_patcher_init = (load_dit, (path, dtype))
     if source.config.patch_size_t:
         patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, pad_frames(source.config.patch_size_t))
     return patcher
+
+
+def _load_weights(model: Any, found: Weights, assign: bool) -> None:
+    """Plain weights become the model's own, one after the other in its precision: none is there twice.
+
+    Scaled ones, and those of a patcher that loads later (`assign`, 0.33), go through the host.
+    """
+    if found.kept or assign:
+        model.load_model_weights(found.state, "", **({"assign": True} if assign else {}))
+        return
+    for name, parameter in model.diffusion_model.named_parameters():
+        found.state[name] = found.state[name].to(parameter.dtype)
+    model.diffusion_model.load_state_dict(found.state, assign=True)
 
 
 class HostDiT(CogVideoXTransformer):

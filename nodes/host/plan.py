@@ -27,7 +27,6 @@ CARDS = [AUTOMATIC, "none", "6", "8", "12", "16", "24", "32", "48", "80"]
 PROMPT = 300  # tokens of the language model: template, a prompt of 200 and an instruction
 INSTRUCTIONS = 4
 SMALL = 20_000_000  # parameters of a toy, which is computed in float32
-TINY_LENGTH = 64
 DTYPES_COMPUTED = [torch.bfloat16, torch.float16, torch.float32]
 DTYPES_ON_DISK = {1: torch.float8_e4m3fn, 2: torch.bfloat16, 4: torch.float32}
 
@@ -64,10 +63,14 @@ class Kind:
             return None
         if name in self.published:
             return self.published[name]
-        path = TINY / self.tiny if name == BUILT_IN else files.resolve(self.folder, name)
+        if name == BUILT_IN:
+            return self.read(TINY / self.tiny)._replace(title="Mimir Tiny")
+        return self.read(files.resolve(self.folder, name))
+
+    def read(self, path: Path) -> Source:
+        """From the headers. ValueError when it is another model."""
         checked, found = self.check(path), describe(path)
-        title = "Mimir Tiny" if name == BUILT_IN else path.name
-        return Source(title, checked.config, dict(found.memory), found.parameters)
+        return Source(path.name, checked.config, dict(found.memory), found.parameters)
 
 
 def _published(title: str, config: Any, count: int, size: int) -> dict[str, Source]:
@@ -176,8 +179,7 @@ def stages(sources: dict[str, Source | None], settings: Settings, place: Place) 
 
 
 def _t5(source: Source, settings: Settings, place: Place) -> Stage:
-    tokens = TEXT_LENGTH if source.config == T5_PRESETS["xxl"] else TINY_LENGTH
-    work = memory.t5(source.config, tokens, _itemsize(source))
+    work = memory.t5(source.config, TEXT_LENGTH, _itemsize(source))
     return Stage("T5", source.title, source.stored, work, on_cpu=_on_cpu(place), cached=source.stored,
                  advice="an fp8 file is half as large.")  # fmt: skip
 

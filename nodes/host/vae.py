@@ -27,9 +27,10 @@ SMALLEST_TILE = 64  # pixels
 
 def load_vae(path: Path) -> "CogVideoXVAE":
     """A CogVideoX VAE from a safetensors file or a diffusers folder. ValueError when it is something else."""
-    source = weights.read_vae(path)
-    network = core.build_vae(source.config)
-    network.load_state_dict(source.state)
+    source = weights.read_vae(path, own=True)
+    network = core.build_vae(source.config, device="meta")
+    network.load_state_dict(source.state, assign=True)
+    source.state.clear()  # or changing the precision would hold both
     return CogVideoXVAE(network.requires_grad_(False))
 
 
