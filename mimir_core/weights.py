@@ -59,7 +59,8 @@ TEXT_TO_VIDEO = TRANSFORMER._replace(
 VAE = Wanted("a CogVideoX VAE", "choose the VAE of a CogVideoX model", "vae")
 T5 = Wanted(
     "a T5 v1.1 encoder",
-    "choose t5xxl as fp16, bf16 or fp8 (the one that SD3 and Flux use), or CogVideoX's text_encoder folder",
+    "choose t5xxl as fp16, bf16 or fp8 (the one that SD3 and Flux use), or CogVideoX's text_encoder folder; "
+    "one in GGUF goes through ComfyUI-GGUF's own loader to T5 Encode",
     "text_encoder",
 )
 PHI = Wanted(

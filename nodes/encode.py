@@ -26,8 +26,8 @@ class MimirT5Encode(io.ComfyNode):
                     io.Clip,
                     "clip",
                     tooltip=(
-                        "T5, from Load T5, Load Mimir Tiny, or core's Load CLIP with type cogvideox or sd3 "
-                        "and T5 alone."
+                        "T5-XXL from Load T5, Load Mimir Tiny, core's Load CLIP (any type) or a GGUF loader: "
+                        "all give the same condition."
                     ),
                 ),
                 widget(

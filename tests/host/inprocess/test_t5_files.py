@@ -67,13 +67,13 @@ def holding(numbers: dict[str, torch.Tensor]) -> Any:
     return model
 
 
-def core_clip(kind: str, state: dict[str, torch.Tensor], **options: Any) -> Any:
+def core_clip(kind: str, state: dict[str, torch.Tensor], *others: Any, **options: Any) -> Any:
     """What core's Load CLIP gives for type `kind`, at the size of our reference."""
     state = {**state, MARK: torch.empty(10240, 4096, device="meta")}
     config = {"d_model": 24, "num_layers": 2, "num_heads": 3, "d_kv": 8, "d_ff": 48, "vocab_size": VOCABULARY}
     clip_type = getattr(comfy.sd.CLIPType, kind.upper())
     return comfy.sd.load_text_encoder_state_dicts(
-        [state], clip_type=clip_type, model_options={"t5xxl_model_config": config, **options}
+        [state, *others], clip_type=clip_type, model_options={"t5xxl_model_config": config, **options}
     )
 
 
@@ -92,6 +92,15 @@ def test_any_type_of_core_clip_gives_ours(reference, run_node, kind):
     assert found[0][0].shape == (1, 226, 24) and bool(found[0][1]["attention_mask"].all())
     assert (found[0][0] - expected(reference)).abs().max() < 1e-4
     assert clip.cond_stage_model is network and masks(clip) == before  # the CLIP that came in is as it was
+
+
+def test_t5_is_taken_out_of_a_clip_that_joins_it_with_another(reference, run_node):
+    """Flux's pair, as Load CLIP (dual) makes it; CLIP-L is random here and must not matter."""
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2}
+    other = {"text_model.encoder.layers.1.mlp.fc1.weight": torch.zeros(8, 8)}
+    clip = core_clip("flux", state_of(reference), other, clip_l_model_config=small)
+    (found,) = run_node(MimirT5Encode, clip=clip, text=PROMPT)
+    assert (found[0][0] - expected(reference)).abs().max() < 1e-4
 
 
 def masks(clip: Any) -> list[bool]:
