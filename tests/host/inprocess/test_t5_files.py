@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,16 @@ def file_in(form: str, model: Any, folder: Path) -> tuple[Path, dict[str, torch.
     return folder / "t5.safetensors", references.save_scaled(state, folder / "t5.safetensors", form, only)
 
 
-def expected(model: Any, text: str = PROMPT) -> torch.Tensor:
+@lru_cache
+def tokenizer() -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(host_t5.HOST_TOKENIZER)
+    return AutoTokenizer.from_pretrained(host_t5.HOST_TOKENIZER)
+
+
+def expected(model: Any, text: str = PROMPT) -> torch.Tensor:
     options = {"padding": "max_length", "max_length": 226, "truncation": True, "return_tensors": "pt"}
-    return model(input_ids=tokenizer(text, **options).input_ids).last_hidden_state
+    return model(input_ids=tokenizer()(text, **options).input_ids).last_hidden_state
 
 
 def holding(numbers: dict[str, torch.Tensor]) -> Any:
