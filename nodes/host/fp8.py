@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import comfy.model_management as management
 import comfy.ops
+import comfy.quant_ops
 import comfy.utils
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,8 @@ def as_they_are(
 def keep(found: Scaled, compute: torch.dtype, fast: bool = False) -> Weights | None:
     """`found` on the host's mixed precision operations, or None where it has none for these formats."""
     make, known = getattr(comfy.ops, "mixed_precision_ops", None), getattr(comfy.ops, "QUANT_ALGOS", {})
-    if make is None or not set(found.formats.values()) <= set(known):
+    able = getattr(comfy.quant_ops, "_CK_AVAILABLE", True)  # newer hosts: comfy_kitchen is there
+    if make is None or not able or not set(found.formats.values()) <= set(known):
         return None
     layers = {name: {"format": form} for name, form in found.formats.items()}
     exact = not (fast and management.supports_fp8_compute(management.get_torch_device()))

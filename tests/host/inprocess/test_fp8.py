@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.ops
+import comfy.quant_ops
 import pytest
 import torch
 from mimir_pack.nodes import load
@@ -94,12 +95,17 @@ def test_a_lora_fits_scaled_weights(scaled):
     assert relative(found[1], plain) > 0.05 and relative(found[0], found[1]) < 0.05
 
 
-def test_a_host_without_the_operations_says_what_it_costs(scaled, monkeypatch, caplog):
+@pytest.mark.parametrize("lacks", ["operations", "kernels"])
+def test_a_host_that_cannot_says_what_it_costs(scaled, monkeypatch, caplog, lacks):
     path, expected = scaled
-    monkeypatch.delattr(comfy.ops, "mixed_precision_ops")
+    if lacks == "operations":
+        monkeypatch.delattr(comfy.ops, "mixed_precision_ops")
+    else:
+        monkeypatch.setattr(comfy.quant_ops, "_CK_AVAILABLE", False, raising=False)
     with caplog.at_level(logging.WARNING):
-        found = predict(host_model.load_dit(path))
-    assert relative(found, expected) < 5e-2 and "twice the memory" in caplog.text
+        patcher = host_model.load_dit(path)
+    assert relative(predict(patcher), expected) < 5e-2
+    assert "twice the memory" in caplog.text and "twice the memory" in patcher.model.note
 
 
 def test_a_plain_fp8_file_keeps_what_it_stores_finer(dit, tmp_path, monkeypatch):
