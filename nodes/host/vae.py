@@ -23,6 +23,7 @@ from .report import progress, require_finite
 Tiling = Literal["auto", "off", "on"]
 TILINGS: tuple[Tiling, ...] = ("auto", "off", "on")
 SMALLEST_TILE = 64  # pixels
+SMALLER = "use fewer frames or a smaller size, close what else uses the card, or start ComfyUI with --cpu-vae"
 
 
 def load_vae(path: Path) -> "CogVideoXVAE":
@@ -74,7 +75,7 @@ class CogVideoXVAE(comfy.sd.VAE):
         self.patcher = comfy.model_patcher.ModelPatcher(
             self.first_stage_model, load_device=self.device, offload_device=management.vae_offload_device()
         )
-        self.size = None
+        self.size, self.whole = None, False
         self.model_size()
 
     @property
@@ -94,7 +95,8 @@ class CogVideoXVAE(comfy.sd.VAE):
         """The host's tiled path with the network's own tiles, which never cut time: time is causal."""
         tile = (max(tile_y * core.SPACE, SMALLEST_TILE), max(tile_x * core.SPACE, SMALLEST_TILE))
         network = self.first_stage_model
-        parts = [network.decode(part.to(self.device, self.vae_dtype), tile) for part in samples.split(1)]
+        with self._last_resort("VAE Decode", tile):
+            parts = [network.decode(part.to(self.device, self.vae_dtype), tile) for part in samples.split(1)]
         return self.process_output(torch.cat([part.to(self.output_device, torch.float32) for part in parts]))
 
     def encode_tiled_3d(
@@ -102,9 +104,32 @@ class CogVideoXVAE(comfy.sd.VAE):
     ) -> Tensor:
         """The same for encoding, with tiles in pixels."""
         tile = (max(tile_y, SMALLEST_TILE), max(tile_x, SMALLEST_TILE))
-        videos = [self.process_input(part).to(self.device, self.vae_dtype) for part in samples.split(1)]
-        parts = [self.first_stage_model.encode(video, tile) for video in videos]
+        with self._last_resort("VAE Encode", tile):
+            videos = (self.process_input(part).to(self.device, self.vae_dtype) for part in samples.split(1))
+            parts = [self.first_stage_model.encode(video, tile) for video in videos]
         return torch.cat([part.to(self.output_device, torch.float32) for part in parts])
+
+    @contextmanager
+    def only_whole(self, whole: bool) -> Iterator[None]:
+        """Inside the block, if `whole`, the host's way out into tiles is closed."""
+        self.whole = whole
+        try:
+            yield
+        finally:
+            self.whole = False
+
+    @contextmanager
+    def _last_resort(self, stage: str, tile: tuple[int, int]) -> Iterator[None]:
+        """ValueError with what to do, where there is nothing smaller to try."""
+        if self.whole:
+            raise ValueError(f"{stage}: memory ran out, and tiling is off. Set tiling to auto, or {SMALLER}.")
+        try:
+            yield
+        except Exception as error:
+            if not _ran_out(error):
+                raise
+            message = f"{stage}: memory ran out, not even in tiles of {tile[1]} x {tile[0]} pixels it fits. "
+            raise ValueError(f"{message}{SMALLER.capitalize()}.") from None
 
     def get_sd(self) -> dict[str, Tensor]:
         """For core's VAE Save: the published key names."""
@@ -126,6 +151,12 @@ class CogVideoXVAE(comfy.sd.VAE):
         return count(network.config, shape[2:], size, tile, on_cpu)
 
 
+def _ran_out(error: Exception) -> bool:
+    """Whether a device had no memory left; 0.33 knows more forms of it."""
+    known = getattr(management, "is_oom", None)
+    return bool(known(error)) if known else isinstance(error, management.OOM_EXCEPTION)
+
+
 def _dtypes(network: nn.Module) -> list[torch.dtype]:
     """What the host may choose from. A toy is exact at no cost; the real one was published in 16 bit."""
     toy = sum(parameter.numel() for parameter in network.parameters()) < 20_000_000
@@ -144,7 +175,8 @@ def decode(vae: comfy.sd.VAE, latents: Tensor, tiling: Tiling) -> tuple[Tensor, 
         )
     needed = vae.memory_used_decode(latents.shape, vae.vae_dtype)
     tile = vae.tile if tiling == "on" or (tiling == "auto" and not vae.fits(needed)) else None
-    frames = vae.decode(latents, vae_options={"tile": tile})  # the host falls back to decode_tiled_3d
+    with vae.only_whole(tiling == "off"):
+        frames = vae.decode(latents, vae_options={"tile": tile})  # the host falls back to decode_tiled_3d
     require_finite(frames, "VAE Decode", "Start ComfyUI with --fp32-vae, or choose the VAE of this model.")
     return frames.flatten(0, -4), _report("Decoded", vae.first_stage_model.last_tile, tile)
 
@@ -159,11 +191,12 @@ def encode(vae: comfy.sd.VAE, frames: Tensor, tiling: Tiling) -> tuple[Tensor, s
     needed = vae.memory_used_encode(shape, vae.vae_dtype)
     if tiling == "on" or (tiling == "auto" and not vae.fits(needed)):
         height, width = vae.tile
-        management.load_models_gpu([vae.patcher])
+        management.load_models_gpu([vae.patcher], memory_required=vae.needs(shape, vae.tile, encoding=True))
         return vae.encode_tiled_3d(
             pixels.movedim(-1, 0)[None], tile_x=width, tile_y=height
         ), "Encoded in tiles."
-    latents = vae.encode(pixels)
+    with vae.only_whole(tiling == "off"):
+        latents = vae.encode(pixels)
     return latents, _report("Encoded", vae.first_stage_model.last_tile, None)
 
 

@@ -62,16 +62,13 @@ def vae() -> Any:
     return AutoencoderKLCogVideoX(**VAE).eval().requires_grad_(False)
 
 
-def t5(vocab_size: int | None = None) -> Any:
+def t5(vocab_size: int | None = None, **changes: Any) -> Any:
     from transformers import T5Config, T5EncoderModel
 
     torch.manual_seed(3)
+    sizes = {"d_model": TEXT_WIDTH, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 3, **changes}
     config = T5Config(
-        d_model=TEXT_WIDTH,
-        d_kv=8,
-        d_ff=48,
-        num_layers=2,
-        num_heads=3,
+        **sizes,
         vocab_size=vocab_size or len(WORDS),
         feed_forward_proj="gated-gelu",
         tie_word_embeddings=False,
@@ -79,15 +76,14 @@ def t5(vocab_size: int | None = None) -> Any:
     return T5EncoderModel(config).eval().requires_grad_(False)
 
 
-def phi() -> Any:
+def phi(**changes: Any) -> Any:
     from transformers import Phi3Config, Phi3ForCausalLM
 
     torch.manual_seed(4)
     config = Phi3Config(
         vocab_size=len(WORDS),
         hidden_size=PHI_WIDTH,
-        intermediate_size=64,
-        num_hidden_layers=3,
+        **{"intermediate_size": 64, "num_hidden_layers": 3, **changes},
         num_attention_heads=2,
         num_key_value_heads=2,
         max_position_embeddings=512,
@@ -135,15 +131,15 @@ def tokenizer(append_eos: bool) -> Any:
     return fast
 
 
-def save_t5(folder: Path) -> Any:
-    model = t5()
+def save_t5(folder: Path, **changes: Any) -> Any:
+    model = t5(**changes)
     model.save_pretrained(folder)
     tokenizer(append_eos=True).save_pretrained(folder)
     return model
 
 
-def save_phi(folder: Path) -> Any:
-    model = phi()
+def save_phi(folder: Path, **changes: Any) -> Any:
+    model = phi(**changes)
     model.save_pretrained(folder, max_shard_size="40KB")
     tokenizer(append_eos=False).save_pretrained(folder)
     return model
