@@ -107,4 +107,4 @@ def cfg_schedule(curve: str, scale: float, timesteps: Sequence[int]) -> Callable
 
 
 def _root(a: Alpha) -> Alpha:
-    return a.sqrt() if isinstance(a, Tensor) else math.sqrt(a)
+    return math.sqrt(a) if isinstance(a, (int, float)) else a.sqrt()

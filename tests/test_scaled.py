@@ -62,7 +62,7 @@ def test_an_input_scale_of_one_says_nothing():
 def test_other_quantisations_are_known(tmp_path, extra):
     tensors = {"a.weight": ("F8_E4M3", (64, 32)), **extra}
     assert "nvfp4, mxfp8, int8" in (
-        unread({n: TensorInfo(*found, tmp_path) for n, found in tensors.items()}) or ""
+        unread({n: TensorInfo(found[0], found[1], tmp_path) for n, found in tensors.items()}) or ""
     )
     one = {"a.weight": ("F8_E4M3", (64, 32)), "a.weight_scale": ("F32", (1,))}
-    assert unread({n: TensorInfo(*found, tmp_path) for n, found in one.items()}) is None
+    assert unread({n: TensorInfo(found[0], found[1], tmp_path) for n, found in one.items()}) is None

@@ -222,7 +222,7 @@ class TextLengths(comfy.conds.CONDRegular):
         return True
 
     def concat(self, others: Any) -> tuple[int, ...]:
-        return sum((other.cond for other in others), self.cond)
+        return tuple(length for part in (self, *others) for length in part.cond)
 
     def size(self) -> list[int]:
         return [len(self.cond)]
