@@ -115,7 +115,7 @@ def stage(kind: str, path: Path, large: bool) -> Iterator[dict[str, Any]]:
     from mimir_pack.mimir_core import vae
     from mimir_pack.nodes.host import plan
 
-    height, width = (256, 384) if large else (192, 256) if kind == "dit" else (128, 192)
+    height, width = (256, 384) if large else (192, 256) if kind == "dit" else (96, 128)
     frames = 17 if large else 9
     settings = plan.Settings(width, height, frames, 1, True, ANSWER, "off", "default", "default")
     place = plan.place_of("none")

@@ -194,6 +194,20 @@ def test_sampling_on_a_card_that_is_too_small_gives_the_same_bits(dit, monkeypat
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("share", [0.5, 0.1])
+def test_encoders_on_a_card_that_is_too_small_give_the_same_bits(t5, phi, run_node, monkeypatch, share):
+    """By the host's own decision, and again when the next prompt comes."""
+    text = run_node(MimirT5Encode, clip=t5, text=PROMPT)[0][0][0]
+    llm, answer = run_node(MimirPhiEncode, clip=phi, text=PROMPT, **PHI)
+    insert(monkeypatch, share * t5.patcher.model_size(), t5.patcher, phi.patcher)
+    monkeypatch.setattr(memory, "phi", lambda *_, **__: 0)
+    for _ in range(2):
+        assert torch.equal(run_node(MimirT5Encode, clip=t5, text=PROMPT)[0][0][0], text)
+        assert t5.patcher.model.model_lowvram and t5.patcher.loaded_size() < share * t5.patcher.model_size()
+        found, same = run_node(MimirPhiEncode, clip=phi, text=PROMPT, **PHI)
+        assert phi.patcher.model.model_lowvram and same == answer and torch.equal(found.answer, llm.answer)
+
+
 def test_a_lora_is_applied_to_what_stays_outside(dit, monkeypatch):
     key = "diffusion_model.transformer_blocks.0.attn1.to_q.weight"
     patch = {key: ("diff", (torch.full((64, 64), 0.02),))}
@@ -351,7 +365,7 @@ def test_off_means_off(vae, monkeypatch):
 
 
 def test_auto_goes_straight_to_tiles_on_a_card_that_is_known_to_be_too_small(vae, monkeypatch):
-    monkeypatch.setattr(management, "get_total_memory", lambda *_: vae.needs((1, 16, 3, 12, 16), None) // 2)
+    monkeypatch.setattr(management, "get_total_memory", lambda *_: vae.needs((1, 16, 1, 10, 12), None) // 2)
     _, note = run_vae(vae, "decode", "auto")
     assert note.startswith("Decoded in tiles") and "ran out" not in note
 
@@ -360,9 +374,9 @@ def run_vae(vae: Any, coding: str, tiling: str) -> tuple[torch.Tensor, str]:
     generator = torch.Generator().manual_seed(1)
     with torch.inference_mode():
         if coding == "decode":
-            latent = {"samples": torch.randn(1, 16, 3, 12, 16, generator=generator)}
+            latent = {"samples": torch.randn(1, 16, 1, 10, 12, generator=generator)}
             out = MimirVAEDecode.EXECUTE_NORMALIZED(vae=vae, latent=latent, tiling=tiling)
             return out.result[0], out.ui.value
-        frames = torch.rand(9, 96, 128, 3, generator=generator)
+        frames = torch.rand(1, 80, 96, 3, generator=generator)
         out = MimirVAEEncode.EXECUTE_NORMALIZED(vae=vae, image=frames, tiling=tiling)
         return out.result[0]["samples"], out.ui.value
