@@ -18,7 +18,7 @@ from torch import Tensor
 
 PIECE = 64_000_000  # values that are mapped at once where they are copied
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library itself
-OUR_KEYS = ("config", "diffusion", "preview")  # header entries of our own files, JSON each
+OUR_KEYS = ("config", "diffusion", "preview", "training")  # header entries of our own files, JSON each
 BLOCK, BLOCKS = 65536, 64  # what `fingerprint` reads of a file's tensors: bytes, how many times
 SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 

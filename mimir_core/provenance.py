@@ -134,6 +134,24 @@ def text_differences(record: Mapping[str, Any] | None, prompt: str, instructions
     return found
 
 
+def unlike_training(trained_on: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    """What a fuser meets that it was not trained with, in words; what one side does not know is left out.
+
+    Both map "t5", "phi" and "base" (the DiT) to origins.
+    """
+    names = {"t5": "T5", "phi": "Phi-3.5", "base": "DiT"}
+    pairs = {name: (trained_on.get(key), found.get(key)) for key, name in names.items()}
+    return [
+        f"it was trained with the {name} {_weights(ours)}, this one is {_weights(theirs)}"
+        for name, (ours, theirs) in pairs.items()
+        if len({_mark(ours), _mark(theirs), UNKNOWN}) == 3
+    ]
+
+
+def _mark(origin: Any) -> str:
+    return str(origin.get("fingerprint", UNKNOWN)) if isinstance(origin, Mapping) else UNKNOWN
+
+
 def _entry_differences(saved: Entry, live: Entry) -> list[str]:
     ours, theirs = current(saved[1], saved[0]), current(live[1], live[0])
     found: list[str] = []

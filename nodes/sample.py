@@ -5,6 +5,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from .host import sampling
+from .host.report import say
 from .types import schema, widget
 
 
@@ -139,18 +140,19 @@ class MimirSampler(io.ComfyNode):
         scheduler: str,
         denoise: float,
     ) -> io.NodeOutput:
-        return io.NodeOutput(
-            sampling.sample(
-                model,
-                seed,
-                steps,
-                cfg,
-                dynamic_cfg,
-                sampler_name,
-                scheduler,
-                positive,
-                negative,
-                latent,
-                denoise,
-            )
+        note = sampling.strange_base(model, positive)
+        shown = say(note) if note else None  # before the long wait
+        samples = sampling.sample(
+            model,
+            seed,
+            steps,
+            cfg,
+            dynamic_cfg,
+            sampler_name,
+            scheduler,
+            positive,
+            negative,
+            latent,
+            denoise,
         )
+        return io.NodeOutput(samples, ui=shown)

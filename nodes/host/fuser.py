@@ -1,6 +1,7 @@
 """The Token Fuser on the host's devices, and CONDITIONING in and out of it."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from ...mimir_core import weights
 from ...mimir_core.config import FUSER_PRESETS, FuserConfig
 from ...mimir_core.fuser import TokenFuser
-from ...mimir_core.provenance import NO_ORIGIN, UNKNOWN
+from ...mimir_core.provenance import NO_ORIGIN, UNKNOWN, current, unlike_training
 from ...mimir_core.tokens import LlmTokens
 from .conditioning import fused_options
 from .patcher import module_patcher
@@ -37,6 +38,7 @@ class Fuser:
     module: TokenFuser | None = None
     patcher: ModelPatcher | None = None
     origin: dict[str, str] | None = None  # which weights: {"file": name, "fingerprint": hexadecimal}
+    training: Mapping[str, Any] = field(default_factory=dict)  # its file's header: what it was trained on
 
     @property
     def config(self) -> FuserConfig | None:
@@ -50,16 +52,22 @@ def untrained_fuser() -> Fuser:
 def load_fuser(path: Path) -> Fuser:
     """A fuser from its safetensors file, whose header holds its configuration."""
     source = weights.read_fuser(path)
-    return build_fuser(path.name, source.config, source.state, source.origin)
+    training = source.header.get("training")
+    known = training if isinstance(training, Mapping) else {}
+    return build_fuser(path.name, source.config, source.state, source.origin, known)
 
 
 def build_fuser(
-    name: str, config: FuserConfig, state: dict[str, Tensor], origin: dict[str, str] | None = None
+    name: str,
+    config: FuserConfig,
+    state: dict[str, Tensor],
+    origin: dict[str, str] | None = None,
+    training: Mapping[str, Any] | None = None,
 ) -> Fuser:
     module = TokenFuser(config, ops=comfy.ops.manual_cast, dtype=next(iter(state.values())).dtype)
     module.load_state_dict(state)
     module.eval().requires_grad_(False)
-    return Fuser(name, is_trained(config, state), module, module_patcher(module), origin)
+    return Fuser(name, is_trained(config, state), module, module_patcher(module), origin, training or {})
 
 
 def is_trained(config: FuserConfig, state: dict[str, Tensor]) -> bool:
@@ -108,7 +116,8 @@ def fuse(
         joined, masked = _with_mask(joined, entry, read)
         fused += _in_window([joined, fused_options(masked, joined, **made)], entry, window)
     lengths = conditioning[0][0].shape[1], fused[0][0].shape[1]
-    return fused, _report(module.config, tokens, lengths, preset)
+    strange = _strange(fuser, conditioning[0], tokens)
+    return fused, _report(module.config, tokens, lengths, preset) + strange
 
 
 def with_preset(fuser: Fuser, preset: str) -> TokenFuser:
@@ -168,7 +177,9 @@ def _made_fuser(fuser: Fuser, preset: str, strength: float, window: tuple[float,
         "file": fuser.name,
         "fingerprint": "none" if fuser.module is None else UNKNOWN,
     }
-    return {**origin, "preset": preset, "strength": strength, "start": window[0], "end": window[1]}
+    made = {**origin, "preset": preset, "strength": strength, "start": window[0], "end": window[1]}
+    base = fuser.training.get("base")
+    return {**made, "base": dict(base)} if isinstance(base, Mapping) else made
 
 
 def _in_window(fused: list[Any], alone: list[Any], window: tuple[float, float]) -> list[Any]:
@@ -193,6 +204,15 @@ def _report(config: FuserConfig, tokens: LlmTokens, lengths: tuple[int, int], pr
     return (
         f"{found} Careful: it was trained on layer {config.llm_layer}, these tokens are layer {tokens.layer}."
     )
+
+
+def _strange(fuser: Fuser, entry: list[Any], tokens: LlmTokens) -> str:
+    """A warning when encoders are known not to be those the fuser was trained with."""
+    record = current(entry[1], entry[0]) or {}
+    found = unlike_training(fuser.training, {"t5": record.get("t5"), "phi": tokens.made})
+    if not found:
+        return ""
+    return f" Careful: {'; '.join(found)} (the same model in another precision is no harm)."
 
 
 def _used(config: FuserConfig, tokens: LlmTokens, room: int) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 import nodes as host_nodes  # the host's top-level module; this package is reached by relative imports only
 
 from ...mimir_core.diffusion import CFG_CURVES
+from ...mimir_core.provenance import RECORD, unlike_training
 from .report import require_finite
 
 SAMPLERS: list[str] = comfy.samplers.KSampler.SAMPLERS
@@ -45,6 +46,19 @@ def sample(
     )[0]
     require_finite(out["samples"], "Mimir DiT Sampler", OVERFLOW)
     return out
+
+
+def strange_base(model: Any, positive: Any) -> str:
+    """A warning when a fused condition comes from a fuser that was trained on another DiT; else empty."""
+    origin = getattr(model.model, "origin", None)
+    for _, options in positive:
+        fuser = options.get(RECORD, {}).get("fuser") or {}
+        found = unlike_training({"base": fuser.get("base")}, {"base": origin})
+        if found:
+            return (
+                f"Careful: the Token Fuser {fuser.get('file', '')} does not belong to this DiT: {found[0]}."
+            )
+    return ""
 
 
 def with_dynamic_cfg(model: Any, dynamic: str) -> Any:

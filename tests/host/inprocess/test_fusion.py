@@ -158,3 +158,33 @@ def test_start_after_end_is_refused():
     assert MimirTokenFuser.validate_inputs(start=None, end=0.4) is True
     with pytest.raises(ValueError, match="start must come before end"):
         fuse(trained()[0], condition(), start=1.0, end=1.0)
+
+
+def test_a_fuser_that_was_trained_with_other_models_says_so():
+    """Its header names T5, Phi-3.5 and the DiT; what differs is said, what nobody knows is not."""
+    from mimir_pack.mimir_core.provenance import RECORD, text_record
+    from mimir_pack.nodes.host.sampling import strange_base
+
+    def origin(mark: str) -> dict[str, str]:
+        return {"file": f"{mark}.safetensors", "fingerprint": mark * 8}
+
+    fuser, _ = trained()
+    known = replace(fuser, training={"t5": origin("a"), "phi": origin("b"), "base": origin("c")})
+    same = condition(**{RECORD: text_record("p", origin("a"), 16)})
+    other = condition(**{RECORD: text_record("p", origin("x"), 16)})
+    llm = replace(tokens(), made=origin("b"))
+    assert "Careful" not in fuse(known, same, llm=llm)[1]
+    assert "Careful" not in fuse(known, condition())[1]  # another node's T5: unknown
+    fused, note = fuse(known, other, llm=replace(llm, made=origin("y")))
+    assert "the T5 a.safetensors (aaaaaaaa), this one is x.safetensors (xxxxxxxx)" in note
+    assert "the Phi-3.5 b.safetensors" in note
+
+    class Model:
+        class model:
+            origin = {"file": "dit.safetensors", "fingerprint": "zzzzzzzz"}
+
+    assert "does not belong to this DiT: it was trained with the DiT c.safetensors" in strange_base(
+        Model, fused
+    )
+    Model.model.origin = origin("c")
+    assert strange_base(Model, fused) == "" and strange_base(Model, condition()) == ""
