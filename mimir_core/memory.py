@@ -133,7 +133,8 @@ def vae_decode(
     the normed and activated input, that with two frames of the chunk before in front, the two frames to keep,
     and the output. In a short video it may be the last such convolution instead. To that come the two frames
     that all other convolutions have kept, and the frames that are done.
-    lays_out: the kernel copies the input into a layout of its own, as PyTorch does on a CPU.
+    lays_out: the kernel copies the input into a layout of its own, as PyTorch does on a CPU (measured) and
+    cuDNN on a card (taken to be so, not measured).
     """
     coder, (frames, height, width) = _Coder.of(config), latent
     area, kept, blended = _areas(height * SPACE, width * SPACE, tile)

@@ -49,6 +49,7 @@ class Machine:
 @dataclass(frozen=True)
 class Verdict:
     stage: Stage
+    work: int  # of the form that is taken
     peak: int  # on the card, or in main memory for what runs there
     outside: int  # bytes of weights that stay in main memory
     fits: bool
@@ -61,18 +62,18 @@ def judge(stage: Stage, machine: Machine) -> Verdict:
         return _in_ram(stage, machine)
     ways = [(stage.work, "fits")]
     if stage.less is not None and stage.less < stage.work:
-        ways.append((stage.less, f"fits {stage.frugal}"))
+        ways.append((stage.less, _frugally("fits", stage)))
     for work, text in ways:
         if stage.weights <= _room(work, machine):
-            return Verdict(stage, stage.weights + work, 0, True, text)
+            return Verdict(stage, work, stage.weights + work, 0, True, text)
     work = ways[-1][0]
     kept = int(_room(work, machine) - PIECE)
     if kept < 0 or not stage.splits:
         missing = (stage.weights if not stage.splits else PIECE) - _room(work, machine)
-        return Verdict(stage, stage.weights + work, 0, False, f"TOO LARGE by {_gb(missing)} GB")
+        return Verdict(stage, work, stage.weights + work, 0, False, f"TOO LARGE by {_gb(missing)} GB")
     outside = stage.weights - kept
     text = f"partly: {_gb(outside)} GB of its weights stay in main memory, slower"
-    return Verdict(stage, kept + work + int(PIECE), outside, True, text)
+    return Verdict(stage, work, kept + work + int(PIECE), outside, True, text)
 
 
 def main_memory(stages: Sequence[Stage], machine: Machine) -> int:
@@ -110,10 +111,16 @@ def _in_ram(stage: Stage, machine: Machine) -> Verdict:
     """In main memory nothing is offloaded; the frugal form is taken where the other would not fit."""
     room = machine.ram - machine.base
     if stage.peak <= room:
-        return Verdict(stage, stage.peak, 0, True, "fits in main memory")
-    if stage.less is not None and stage.weights + stage.less <= room:
-        return Verdict(stage, stage.weights + stage.less, 0, True, f"fits in main memory {stage.frugal}")
-    return Verdict(stage, stage.peak, 0, False, f"TOO LARGE by {_gb(stage.peak - room)} GB of main memory")
+        return Verdict(stage, stage.work, stage.peak, 0, True, "fits in main memory")
+    work = stage.work if stage.less is None else stage.less
+    peak = stage.weights + work
+    if peak <= room:
+        return Verdict(stage, work, peak, 0, True, _frugally("fits in main memory", stage))
+    return Verdict(stage, work, peak, 0, False, f"TOO LARGE by {_gb(peak - room)} GB of main memory")
+
+
+def _frugally(verb: str, stage: Stage) -> str:
+    return f"{verb} {stage.frugal} ({_gb(stage.peak)} GB otherwise)"
 
 
 def _room(work: int, machine: Machine) -> float:
@@ -123,7 +130,8 @@ def _room(work: int, machine: Machine) -> float:
 
 def _lines(verdict: Verdict) -> list[str]:
     stage = verdict.stage
-    figures = f"{stage.name:12}{_gb(stage.weights):>8}{_gb(stage.work):>7}{_gb(stage.peak):>7}"
+    peak = stage.weights + verdict.work
+    figures = f"{stage.name:12}{_gb(stage.weights):>8}{_gb(verdict.work):>7}{_gb(peak):>7}"
     return [figures, f"  {stage.what}: {verdict.text}"]
 
 

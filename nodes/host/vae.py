@@ -147,8 +147,7 @@ class CogVideoXVAE(comfy.sd.VAE):
         tile: tuple[int, int] | None = None,
     ) -> int:
         network: Any = self.first_stage_model.network
-        size, on_cpu = management.dtype_size(dtype), management.is_device_cpu(self.device)
-        return count(network.config, shape[2:], size, tile, on_cpu)
+        return count(network.config, shape[2:], management.dtype_size(dtype), tile, lays_out=True)
 
 
 def _ran_out(error: Exception) -> bool:

@@ -80,6 +80,14 @@ def test_published_parts_are_counted_right():
     for kind, networks in counts.items():
         found = [source.parameters for source in host_plan.KINDS[kind].published.values()]
         assert found == [sum(p.numel() for p in network.parameters()) for network in networks]
+    blocks = {"dit": "transformer_blocks.", "phi": "model.layers."}
+    for kind, prefix in blocks.items():
+        for source, network in zip(host_plan.KINDS[kind].published.values(), counts[kind], strict=True):
+            sizes = (
+                (2 - (name.startswith(prefix) and tensor.ndim == 2)) * tensor.numel()
+                for name, tensor in network.state_dict().items()
+            )
+            assert source.sizes["fp8_e4m3fn"] == sum(sizes)
 
 
 def test_what_common_cards_will_do(run_node):
