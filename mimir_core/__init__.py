@@ -2,7 +2,7 @@
 
 The library knows nothing of ComfyUI. Its modules import one another in one direction only, down this list:
 config, attention, positions, diffusion, tokens, phi, dit, fuser, vae, sampling, headers, recognise, weights,
-text, llm, provenance, conditioning, pipeline, bench, tiny (tests/test_layers.py holds it to that).
+text, llm, provenance, conditioning, pipeline, data, train, bench, tiny (tests/test_layers.py holds it to that).
 """
 
 __version__ = "0.1.0"
