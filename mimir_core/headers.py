@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from safetensors import safe_open
 from torch import Tensor
 
-PIECE = 64_000_000  # values that are mapped at once where they are copied
+PIECE = 16_000_000  # values that are mapped at once where they are copied
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library itself
 OUR_KEYS = ("config", "diffusion", "preview", "training")  # header entries of our own files, JSON each
 BLOCK, BLOCKS = 65536, 64  # what `fingerprint` reads of a file's tensors: bytes, how many times

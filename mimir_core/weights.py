@@ -129,9 +129,9 @@ def read_t5(path: str | Path) -> Loaded[T5Config]:
     return check_t5(path).read()
 
 
-def read_phi(path: str | Path) -> Loaded[PhiConfig]:
+def read_phi(path: str | Path, own: bool = False) -> Loaded[PhiConfig]:
     """Phi-3.5. Its config.json must lie beside it (or in its header): rope factors are not in the weights."""
-    return check_phi(path).read()
+    return check_phi(path).read(own)
 
 
 def read_fuser(path: str | Path) -> Loaded[FuserConfig]:

@@ -56,7 +56,7 @@ def load_phi(
     `dtype` is a key of DTYPES: how the weights are stored; `device` is one of DEVICES. ValueError, in one
     sentence, when the file is something else.
     """
-    source = weights.read_phi(path)
+    source = weights.read_phi(path, own=True)
     place = torch.device("cpu") if device == "cpu" else None
     found = stored_as(dtype, source.config, source.state, place or management.text_encoder_device())
     with naming(path):
@@ -251,5 +251,11 @@ class PhiModel(nn.Module):
         return answer
 
     def load_sd(self, state: dict[str, Tensor]) -> Any:
+        """Plain weights become the model's own, in its precision: none is there twice."""
         keep_fine_parts(self.phi, state, cast=False)
-        return self.phi.load_state_dict(state, strict=False, assign=getattr(self, "can_assign_sd", False))
+        later = getattr(self, "can_assign_sd", False)  # 0.33's dynamic patcher casts by itself
+        plain = not is_scaled(state)
+        if plain and not later:
+            dtypes = {name: parameter.dtype for name, parameter in self.phi.named_parameters()}
+            state = {name: tensor.to(dtypes.get(name)) for name, tensor in state.items()}
+        return self.phi.load_state_dict(state, strict=False, assign=plain or later)

@@ -13,6 +13,7 @@ from comfy.ldm.modules import attention as host_attention
 from ...mimir_core import memory, weights
 from ...mimir_core.config import DIT_PRESETS, PHI_PRESETS, T5_PRESETS, DiTConfig, FuserConfig
 from ...mimir_core.describe import describe
+from ...mimir_core.headers import PIECE
 from ...mimir_core.plan import Machine, Stage, report
 from ...mimir_core.vae import VAE_PRESETS
 from . import files
@@ -192,7 +193,8 @@ def _phi(source: Source, settings: Settings, place: Place) -> Stage:
         compute_dtype(source.config, device).itemsize == 2)  # fmt: skip
     tokens, size = PROMPT + settings.answer_length, 2 if half else 4
     work = memory.phi(source.config, tokens, size, max(weights_ // max(source.parameters, 1), 1))
-    return Stage("Phi-3.5", source.title, weights_, work, on_cpu=_on_cpu(place), cached=source.stored,
+    cached = _cached(source, weights_)
+    return Stage("Phi-3.5", source.title, weights_, work, on_cpu=_on_cpu(place), cached=cached,
                  advice="dtype fp8_e4m3fn in Load Phi-3.5, or device cpu.")  # fmt: skip
 
 
@@ -219,7 +221,7 @@ def _dit(source: Source, settings: Settings, place: Place) -> Stage:
 
     both, one = work(settings.batch * (1 + settings.cfg)), work(settings.batch)
     return Stage("DiT", f"{source.title}, {name}", weights_, both, one if settings.cfg else None,
-                 "with prompt and negative one after the other",
+                 "with prompt and negative one after the other", cached=_cached(source, weights_),
                  advice="dtype fp8_e4m3fn in Load Mimir DiT, fewer frames or a smaller size.")  # fmt: skip
 
 
@@ -241,6 +243,12 @@ def _vae(source: Source, settings: Settings, place: Place) -> Stage:
     if settings.tiling == "auto":
         return Stage("VAE Decode", source.title, weights_, whole, tiled, "in tiles", **common)
     return Stage("VAE Decode", source.title, weights_, tiled if settings.tiling == "on" else whole, **common)
+
+
+def _cached(source: Source, weights_: int) -> int:
+    """What reading a file piece by piece takes beyond the weights, before they have their final precision."""
+    piece = min(PIECE * _itemsize(source), source.stored)
+    return max(source.stored + piece - weights_, 0)
 
 
 def _scores(
