@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -265,3 +266,10 @@ def test_the_command_writes_json_and_page(tmp_path, capsys):
     assert json.loads((tmp_path / "b.json").read_text())["machine"]["threads"] == before
     assert main(["--summary", str(tmp_path / "b.json")]) == 0
     assert "| one shared prefill |" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process set its peak back")
+@pytest.mark.parametrize("size", [10_000_000, 30_000_000])
+def test_peak_memory_is_what_a_call_needs_on_top(size):
+    found = measure.peak_bytes(lambda: torch.ones(size), CPU)
+    assert found is not None and found == pytest.approx(4 * size, rel=0.1)

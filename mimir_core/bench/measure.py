@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -86,8 +88,8 @@ def difference(found: Tensor, expected: Tensor) -> tuple[float, float]:
 def peak_bytes(run: Run, device: torch.device) -> int | None:
     """What one run needs on top of what lies in memory before it. None where that cannot be seen.
 
-    CUDA: the allocator's own count. CPU: the growth of the process's peak, on Linux, which lets a process set
-    its peak back; what the allocator had kept from before does not count, so small figures are too small.
+    CUDA: the allocator's own count. CPU: the growth of the process's peak, on Linux with glibc, which let a
+    process give back what its allocator has kept and set its peak back.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -96,12 +98,22 @@ def peak_bytes(run: Run, device: torch.device) -> int | None:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    before = _resident("VmRSS") if _peak_set_back() else None
+    before = _resident("VmRSS") if _trimmed() and _peak_set_back() else None
     if before is None:
         return None
     run()
     after = _resident("VmHWM")
     return None if after is None else max(after - before, 0)
+
+
+def _trimmed() -> bool:
+    """Free memory is given back to the system; otherwise it would be used again without being seen."""
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        return False
+    return True
 
 
 def _peak_set_back() -> bool:
