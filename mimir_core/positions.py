@@ -2,7 +2,8 @@
 
 Source: the formulas of diffusers (`get_3d_sincos_pos_embed`, `get_3d_rotary_pos_embed`,
 `get_resize_crop_region_for_grid`; Apache-2.0), written anew. Differences:
-- text tokens are part of the rotary table, with rotation 0, so that a joint sequence is turned in one go;
+- text tokens are part of the rotary table, with rotation 0, so that a joint sequence is turned in one go
+  (leaving them out takes a copy, which costs more than turning them);
 - a text of any length, and a 1.5 grid of any size.
 
 A grid is (T, H, W) in tokens; N = T * H * W; D head width. Tables are float32 on the CPU.
