@@ -1,9 +1,12 @@
 """Plan Memory: gigabytes per stage before anything is loaded."""
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from .host import plan
 from .host.model import DTYPES as DIT_DTYPES
+from .host.phi import DEVICES as PHI_DEVICES
 from .host.phi import DTYPES as PHI_DTYPES
 from .host.report import say
 from .host.vae import TILINGS
@@ -45,6 +48,13 @@ class MimirPlan(io.ComfyNode):
                     default="default",
                     tooltip="As in Load Phi-3.5.",
                 ),
+                widget(
+                    io.Combo,
+                    "phi_device",
+                    options=list(PHI_DEVICES),
+                    default="default",
+                    tooltip="As in Load Phi-3.5: cpu keeps it off the card.",
+                ),
                 _int("width", 720, SIZE.low, SIZE.high, SIZE.step, "Pixels, a multiple of 16."),
                 _int("height", 480, SIZE.low, SIZE.high, SIZE.step, "Pixels, a multiple of 16."),
                 _int("frames", 49, FRAMES.low, FRAMES.high, FRAMES.step, "8 times a whole number, plus 1."),
@@ -85,29 +95,11 @@ class MimirPlan(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        dit: str,
-        t5: str,
-        phi: str,
-        fuser: str,
-        vae: str,
-        dit_dtype: str,
-        phi_dtype: str,
-        width: int,
-        height: int,
-        frames: int,
-        batch: int,
-        cfg: bool,
-        answer_length: int,
-        tiling: str,
-        card: str,
+        cls, dit: str, t5: str, phi: str, fuser: str, vae: str, card: str, **settings: Any
     ) -> io.NodeOutput:
-        require_size(width, height, frames)
-        settings = plan.Settings(
-            width, height, frames, batch, cfg, answer_length, tiling, dit_dtype, phi_dtype
-        )
+        require_size(settings["width"], settings["height"], settings["frames"])
         names = {"dit": dit, "t5": t5, "phi": phi, "fuser": fuser, "vae": vae}
-        text = plan.plan(names, settings, card)
+        text = plan.plan(names, plan.Settings(**settings), card)
         return io.NodeOutput(text, ui=say(text))
 
 

@@ -114,6 +114,7 @@ class Settings:
     tiling: str
     dit_dtype: str
     phi_dtype: str
+    phi_device: str = "default"
 
 
 @dataclass(frozen=True)
@@ -188,13 +189,14 @@ def _t5(source: Source, settings: Settings, place: Place) -> Stage:
 
 def _phi(source: Source, settings: Settings, place: Place) -> Stage:
     weights_ = source.sizes.get(settings.phi_dtype, source.stored)
-    device = place.device or torch.device("cpu")
-    half = source.config.hidden_size >= 1024 if place.device is None else (
-        compute_dtype(source.config, device).itemsize == 2)  # fmt: skip
-    tokens, size = PROMPT + settings.answer_length, 2 if half else 4
+    on_cpu = _on_cpu(place) or settings.phi_device == "cpu"
+    if on_cpu or place.device is not None:
+        size = compute_dtype(source.config, torch.device("cpu") if on_cpu else place.device).itemsize
+    else:
+        size = 2 if source.config.hidden_size >= 1024 else 4
+    tokens = PROMPT + settings.answer_length
     work = memory.phi(source.config, tokens, size, max(weights_ // max(source.parameters, 1), 1))
-    cached = _cached(source, weights_)
-    return Stage("Phi-3.5", source.title, weights_, work, on_cpu=_on_cpu(place), cached=cached,
+    return Stage("Phi-3.5", source.title, weights_, work, on_cpu=on_cpu, cached=_cached(source, weights_),
                  advice="dtype fp8_e4m3fn in Load Phi-3.5, or device cpu.")  # fmt: skip
 
 
@@ -228,7 +230,8 @@ def _dit(source: Source, settings: Settings, place: Place) -> Stage:
 def _vae(source: Source, settings: Settings, place: Place) -> Stage:
     config = source.config
     toy = source.parameters < SMALL
-    dtype = torch.bfloat16 if place.device is None else management.vae_dtype(place.device, DTYPES_COMPUTED)
+    device = management.vae_device() if place.device is not None else None  # --cpu-vae
+    dtype = torch.bfloat16 if device is None else management.vae_dtype(device, DTYPES_COMPUTED)
     size = 4 if toy else dtype.itemsize
     tile = (config.get("sample_height", 480) // 2, config.get("sample_width", 720) // 2)
     latent = memory.latent_of(settings.width, settings.height, settings.frames)
@@ -237,6 +240,7 @@ def _vae(source: Source, settings: Settings, place: Place) -> Stage:
     weights_ = source.parameters * size
     common: dict[str, Any] = {
         "splits": False,
+        "on_cpu": device is not None and device.type == "cpu",
         "result": 3 * frames,
         "advice": "fewer frames at once, a smaller size, or ComfyUI with --cpu-vae.",
     }

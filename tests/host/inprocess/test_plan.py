@@ -26,6 +26,7 @@ from mimir_pack.tests.host.inprocess import references
 DEFAULTS: dict[str, Any] = {
     "dit_dtype": "default",
     "phi_dtype": "default",
+    "phi_device": "default",
     "width": 720,
     "height": 480,
     "frames": 49,
@@ -111,6 +112,8 @@ def test_size_batch_guidance_and_dtype_change_the_figures(run_node):
     assert dit(batch=2)[1] == pytest.approx(2 * work, abs=0.06)
     assert dit(frames=25)[1] < 0.6 * work
     assert dit(dit_dtype="fp8_e4m3fn")[0] == pytest.approx(weights_ / 2, abs=0.06)
+    text = run_node(MimirPlan, **{**DEFAULTS, "phi_device": "cpu"}, card="8")[0]
+    assert "Phi-3.5-mini: fits in main memory" in text or "of main memory" in text.split("DiT")[0]
     vae = figures(run_node(MimirPlan, **{**DEFAULTS, "tiling": "on"}, card="24")[0])["VAE Decode"]
     assert vae[1] < 3.5
 
@@ -152,4 +155,9 @@ def test_a_card_in_this_computer_is_asked(monkeypatch):
     machine = host_plan.place_of(host_plan.AUTOMATIC).machine
     assert (machine.card, machine.free) == (16 * memory.GB, 13 * memory.GB)
     assert machine.reserve == int(management.extra_reserved_memory())
+    monkeypatch.setattr(management, "vae_device", lambda: torch.device("cpu"))  # --cpu-vae
+    source = host_plan.KINDS["vae"].published["CogVideoX VAE (not on disk)"]
+    settings = host_plan.Settings(720, 480, 49, 1, True, 0, "auto", "default", "default")
+    (stage,) = host_plan.stages({"vae": source}, settings, host_plan.place_of(host_plan.AUTOMATIC))
+    assert stage.on_cpu and stage.weights == 4 * source.parameters
     assert host_plan.place_of("none").cpu and host_plan.place_of("8").machine.card == 8 * 2**30
