@@ -5,7 +5,7 @@
 Parts run in this order, each in a process of its own; one that fails or lacks a package is reported, and the
 rest goes on. `tests` gets a third of the time at most; `train` begins the training of Mimir Tiny and is
 stopped when the time is over. DIR gets one log for each part, gpu_tests.json (figures of the tests),
-bench_gpu and bench_gpu_compiled (.json and .md), and all.json, which says what happened, on which device, when.
+bench_gpu and bench_gpu_compiled (.json and .md), and all.json, which says what happened, where and when.
 """
 
 from __future__ import annotations
