@@ -23,6 +23,7 @@ from .report import progress, require_finite
 Tiling = Literal["auto", "off", "on"]
 TILINGS: tuple[Tiling, ...] = ("auto", "off", "on")
 SMALLEST_TILE = 64  # pixels
+LAST_TILE = 128  # smaller ones are not tried when memory runs out: they take long and show
 SMALLER = "use fewer frames or a smaller size, close what else uses the card, or start ComfyUI with --cpu-vae"
 
 
@@ -95,8 +96,11 @@ class CogVideoXVAE(comfy.sd.VAE):
         """The host's tiled path with the network's own tiles, which never cut time: time is causal."""
         tile = (max(tile_y * core.SPACE, SMALLEST_TILE), max(tile_x * core.SPACE, SMALLEST_TILE))
         network = self.first_stage_model
-        with self._last_resort("VAE Decode", tile):
-            parts = [network.decode(part.to(self.device, self.vae_dtype), tile) for part in samples.split(1)]
+
+        def run(tile: tuple[int, int]) -> list[Tensor]:
+            return [network.decode(part.to(self.device, self.vae_dtype), tile) for part in samples.split(1)]
+
+        parts = self._in_tiles("VAE Decode", tile, run)
         return self.process_output(torch.cat([part.to(self.output_device, torch.float32) for part in parts]))
 
     def encode_tiled_3d(
@@ -104,9 +108,12 @@ class CogVideoXVAE(comfy.sd.VAE):
     ) -> Tensor:
         """The same for encoding, with tiles in pixels."""
         tile = (max(tile_y, SMALLEST_TILE), max(tile_x, SMALLEST_TILE))
-        with self._last_resort("VAE Encode", tile):
+
+        def run(tile: tuple[int, int]) -> list[Tensor]:
             videos = (self.process_input(part).to(self.device, self.vae_dtype) for part in samples.split(1))
-            parts = [self.first_stage_model.encode(video, tile) for video in videos]
+            return [self.first_stage_model.encode(video, tile) for video in videos]
+
+        parts = self._in_tiles("VAE Encode", tile, run)
         return torch.cat([part.to(self.output_device, torch.float32) for part in parts])
 
     @contextmanager
@@ -118,18 +125,25 @@ class CogVideoXVAE(comfy.sd.VAE):
         finally:
             self.whole = False
 
-    @contextmanager
-    def _last_resort(self, stage: str, tile: tuple[int, int]) -> Iterator[None]:
-        """ValueError with what to do, where there is nothing smaller to try."""
+    def _in_tiles(
+        self, stage: str, tile: tuple[int, int], run: Callable[[tuple[int, int]], list[Tensor]]
+    ) -> list[Tensor]:
+        """What `run` makes in tiles, smaller ones as long as memory runs out. ValueError with what to do."""
         if self.whole:
             raise ValueError(f"{stage}: memory ran out, and tiling is off. Set tiling to auto, or {SMALLER}.")
-        try:
-            yield
-        except Exception as error:
-            if not _ran_out(error):
-                raise
-            message = f"{stage}: memory ran out, not even in tiles of {tile[1]} x {tile[0]} pixels it fits. "
-            raise ValueError(f"{message}{SMALLER.capitalize()}.") from None
+        while True:
+            try:
+                return run(tile)
+            except Exception as error:
+                if not _ran_out(error):
+                    raise
+            management.soft_empty_cache()  # what the error held is free only here
+            if max(tile) <= LAST_TILE:
+                message = (
+                    f"{stage}: memory ran out, not even in tiles of {tile[1]} x {tile[0]} pixels it fits. "
+                )
+                raise ValueError(f"{message}{SMALLER.capitalize()}.")
+            tile = (max(tile[0] // 2, SMALLEST_TILE), max(tile[1] // 2, SMALLEST_TILE))
 
     def get_sd(self) -> dict[str, Tensor]:
         """For core's VAE Save: the published key names."""
@@ -191,9 +205,8 @@ def encode(vae: comfy.sd.VAE, frames: Tensor, tiling: Tiling) -> tuple[Tensor, s
     if tiling == "on" or (tiling == "auto" and not vae.fits(needed)):
         height, width = vae.tile
         management.load_models_gpu([vae.patcher], memory_required=vae.needs(shape, vae.tile, encoding=True))
-        return vae.encode_tiled_3d(
-            pixels.movedim(-1, 0)[None], tile_x=width, tile_y=height
-        ), "Encoded in tiles."
+        latents = vae.encode_tiled_3d(pixels.movedim(-1, 0)[None], tile_x=width, tile_y=height)
+        return latents, _report("Encoded", vae.first_stage_model.last_tile, vae.tile)
     with vae.only_whole(tiling == "off"):
         latents = vae.encode(pixels)
     return latents, _report("Encoded", vae.first_stage_model.last_tile, None)
@@ -222,7 +235,7 @@ def _problem(check: Callable[..., None], *values: int) -> str:
 def _report(done: str, used: tuple[int, int] | None, wanted: tuple[int, int] | None) -> str:
     if used is None:
         return f"{done} whole."
-    reason = "" if wanted is not None else ", because memory ran out"
+    reason = "" if used == wanted else ", because memory ran out"
     return f"{done} in tiles of {used[1]} x {used[0]} pixels{reason}."
 
 

@@ -346,6 +346,21 @@ def test_whole_that_runs_out_of_memory_becomes_tiles_and_says_so(vae, monkeypatc
 
 
 @pytest.mark.parametrize("coding", ["decode", "encode"])
+def test_tiles_become_smaller_as_long_as_memory_runs_out(vae, monkeypatch, coding):
+    """0.33 sizes its tiles by what should fit, up to nearly the whole."""
+    original = getattr(vae.first_stage_model, coding)
+    seen: list[Any] = []
+
+    def large(tile: Any) -> bool:
+        seen.append(tile)
+        return tile is None or max(tile) > 128
+
+    monkeypatch.setattr(vae.first_stage_model, coding, out_of_memory(original, large))
+    _, note = run_vae(vae, coding, "auto")
+    assert seen == [None, (256, 256), (128, 128)] and "in tiles of 128 x 128 pixels, because" in note
+
+
+@pytest.mark.parametrize("coding", ["decode", "encode"])
 @pytest.mark.parametrize("tiling", ["auto", "on"])
 def test_tiles_that_run_out_of_memory_say_what_to_do(vae, monkeypatch, coding, tiling):
     expected, _ = run_vae(vae, coding, "off")
