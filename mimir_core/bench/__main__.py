@@ -111,7 +111,12 @@ def _facts(sizes: str) -> list[str]:
         "TFLOP/s: the arithmetic of mimir_core/bench/flops.py (matrix products and attention, a multiply-add "
         "counts as two) over the median time.",
     ]
-    if sizes != "real":
+    if sizes == "real":
+        facts.append(
+            "A random language model's tokens are almost equally likely: in 16 bit the two ways to read may "
+            "give different answers, and then differ from there on."
+        )
+    else:
         facts.append("Small shapes say nothing about a real video's speed, only about ours against theirs.")
     return facts
 

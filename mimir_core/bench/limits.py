@@ -12,7 +12,16 @@ from .measure import Run
 
 # A group and the beginnings of the operator names in it; the first that fits counts.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "matrix products": ("addmm", "mm", "bmm", "baddbmm", "linear", "convolution", "mkldnn_convolution"),
+    "matrix products": (
+        "addmm",
+        "mm",
+        "bmm",
+        "baddbmm",
+        "linear",
+        "convolution",
+        "mkldnn_conv",
+        "cudnn_conv",
+    ),
     "attention": ("_scaled_dot_product", "_flash_attention", "_efficient_attention", "_cudnn_attention"),
     "GELU": ("gelu",),
     "norms": ("native_layer_norm", "layer_norm", "_fused_rms_norm"),

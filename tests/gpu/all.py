@@ -50,6 +50,7 @@ def parts(out: Path, minutes: float, comfyui: str | None) -> dict[str, list[str]
     python = sys.executable
     inside = ["-m", "launcher.inside", comfyui] if comfyui else ["-m", "mimir_core.bench"]
     bench = [python, *inside, "--minutes", f"{SHARE * minutes:.2f}", "--threads", "8"]
+    bench += ["--repeats", "5", "--warmup", "1"]
     folder = tempfile.mkdtemp(prefix="mimir-tiny-")  # checkpoints; the shipped weights stay as they are
     train = ["-m", "mimir_core.tiny.train", "--device", "cuda", "--stages", "text", "vae", "--out", folder]
     return {
