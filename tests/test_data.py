@@ -7,6 +7,7 @@ import os
 import struct
 import wave
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 
 from mimir_core.data import video as reading
 from mimir_core.data.clips import read_index, read_kept
-from mimir_core.data.config import DataConfig
+from mimir_core.data.config import Captions, DataConfig, Scoring
 from mimir_core.data.prepare import Where, prepare
 
 Make = Callable[..., Path]
@@ -225,13 +226,36 @@ def test_two_processes_give_the_same(videos: Path, finished: Path, tmp_path: Pat
     same(finished, tmp_path)
 
 
-def test_ray_gives_the_same(videos: Path, finished: Path, tmp_path: Path) -> None:
-    ray = pytest.importorskip("ray", reason="Ray Data is an optional extra; CI installs it")
+CRASH = """
+import os
+
+def crash(clip, frames):
+    if clip.file.endswith("fast.mp4"):
+        os._exit(3)
+    return 1.0
+"""
+
+
+def test_ray_gives_the_same(
+    videos: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task that crashes its process costs one clip there too; Ray alone would try it for ever."""
+    import ray
+
+    (tmp_path / "crashing.py").write_text(CRASH, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    few = tmp_path / "few.txt"
+    few.write_text(f"{videos / 'fast.mp4'}\n{videos / 'silent.mp4'}\n", encoding="utf-8")
+    crashing = replace(CONFIG, aesthetic=Scoring(0.5, "crashing:crash"), captions=Captions("none", False))
+    where = Where(workers=1, ray="local")
     try:
-        prepare(videos, tmp_path, CONFIG, Where(workers=1, ray="local"))
+        prepare(videos, tmp_path / "out", CONFIG, where)
+        prepare(few, tmp_path / "few", crashing, where)
     finally:
         ray.shutdown()
-    same(finished, tmp_path)
+    same(finished, tmp_path / "out")
+    found = [(Path(entry["file"]).name, entry["stage"]) for entry in read_index(tmp_path / "few")]
+    assert found == [("fast.mp4", "read"), ("silent.mp4", "kept")]
 
 
 def test_read_frames_is_the_picture_on_screen(videos: Path) -> None:

@@ -123,7 +123,9 @@ def table(summary: dict[str, Any]) -> str:
     """The summary as lines for a terminal."""
     lines = [f"{'stage':<10} {'judged':>8} {'rejected':>9}  reasons"]
     for stage, row in summary["stages"].items():
-        reasons = ", ".join(f"{_short(reason)} {count}" for reason, count in list(row["reasons"].items())[:4])
+        reasons = ", ".join(
+            f"{_short(reason)} ({count})" for reason, count in list(row["reasons"].items())[:4]
+        )
         lines.append(f"{stage:<10} {row['judged']:>8} {row['rejected']:>9}  {reasons}".rstrip())
     lines.append(
         f"{'kept':<10} {summary['kept']:>8} {'':>9}  {summary['kept_seconds'] / 60:.1f} minutes of "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -21,7 +23,7 @@ CRASHED = {
     "error": "the process that decoded it crashed (a damaged file, or too little memory)",
     "retry": True,
 }
-INSTALL_RAY = 'pip install "ray[data]"'
+INSTALL_RAY = 'pip install "ray[data]>=2.40,<2.64"'  # 2.64 drops the way to bound retries
 
 _worker: Worker | None = None  # of this process
 
@@ -98,22 +100,31 @@ def run_ray(worker: Worker, tasks: Sequence[Task], count: int, address: str) -> 
     import ray
     import ray.data
 
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     if not ray.is_initialized():
         _start_ray(ray, count, address)
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.max_errored_blocks = -1  # a crash costs some tasks, which are done below, and not the run
     known = {task.key: task for task in tasks}
     rows = [{"kind": task.kind, "key": task.key, "values": json.dumps(task.values)} for task in tasks]
-    done = ray.data.from_items(rows).map(partial(_row, worker), num_gpus=_gpus(worker, tasks))
+    done = ray.data.from_items(rows).map(partial(_row, worker), num_gpus=_gpus(worker, tasks), max_retries=1)
     for row in done.iter_rows():
-        yield known[row["key"]], json.loads(row["result"])
+        result = json.loads(row["result"])
+        if "failed" in result:
+            raise ValueError(result["failed"])
+        yield known.pop(row["key"]), result
+    # Ray says only that a process crashed; which task it was comes out here.
+    yield from run_local(worker, list(known.values()), max(count, 1))
 
 
 def _start_ray(ray: Any, count: int, address: str) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves this machine
     package = Path(__file__).parents[1]
     if address == "local":
-        paths = [str(package.parent), os.getcwd(), os.environ.get("PYTHONPATH", "")]
-        environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}}
+        # As spawned processes do, Ray's find what this one finds: this library, and plug-ins.
+        paths = [str(package.parent), os.getcwd(), *(path for path in sys.path if path)]
+        environment = {"env_vars": {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}}
         ray.init(
             num_cpus=max(count, 1), include_dashboard=False, log_to_driver=False, runtime_env=environment
         )
@@ -133,5 +144,8 @@ def _gpus(worker: Worker, tasks: Sequence[Task]) -> float | None:
 
 def _row(worker: Worker, row: dict[str, str]) -> dict[str, str]:
     """A task and its result as rows of strings, which Ray stores without guessing at their types."""
-    result = worker(Task(row["kind"], row["key"], json.loads(row["values"])))
+    try:
+        result = worker(Task(row["kind"], row["key"], json.loads(row["values"])))
+    except ValueError as error:  # a plug-in's: the same sentence as from a local process
+        result = {"failed": str(error)}
     return {"key": row["key"], "result": json.dumps(result)}
