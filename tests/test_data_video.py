@@ -339,7 +339,7 @@ def test_the_bucket_that_loses_least() -> None:
         ({"basic": {"min_fps": "8"}}, "basic.min_fps is '8', expected a value of type float"),
         ({"output": {"write_clips": 1}}, "expected a value of type bool"),
         ({"shots": {"detector": "magic"}}, "expected one of adaptive, content, none"),
-        ({"output": {"buckets": [[48, 480, 720]]}}, "4k [+] 1 frames"),
+        ({"output": {"buckets": [[48, 480, 720]]}}, "8k [+] 1 frames"),
         ({"basic": {"min_seconds": 9}}, "0 < min_seconds <= max_seconds"),
     ],
 )

@@ -119,9 +119,9 @@ class Output:
         if not buckets or self.fps <= 0:
             raise ValueError("output needs at least one bucket [frames, height, width] and a positive fps")
         for bucket in buckets:
-            if len(bucket) != 3 or bucket[0] % 4 != 1 or bucket[1] % 16 or bucket[2] % 16 or min(bucket) < 1:
+            if len(bucket) != 3 or bucket[0] % 8 != 1 or bucket[1] % 16 or bucket[2] % 16 or min(bucket) < 1:
                 raise ValueError(
-                    f"output.buckets has {list(bucket)}; expected [frames, height, width] with 4k + 1 frames "
+                    f"output.buckets has {list(bucket)}; expected [frames, height, width] with 8k + 1 frames "
                     "and sizes that are multiples of 16"
                 )
 
