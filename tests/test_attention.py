@@ -113,7 +113,8 @@ def test_exactly_one_scaled_dot_product_attention_in_the_project():
     root = Path(__file__).parents[1]
     files = [*(root / "mimir_core").rglob("*.py"), *(root / "nodes").rglob("*.py")]
     calls = {
-        str(path.relative_to(root)): path.read_text("utf-8").count("scaled_dot_product") for path in files
+        str(path.relative_to(root)): path.read_text("utf-8").count("scaled_dot_product_attention(")
+        for path in files
     }
     assert {name: count for name, count in calls.items() if count} == {
         str(Path("mimir_core/attention.py")): 1
