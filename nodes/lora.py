@@ -54,7 +54,7 @@ class MimirLoadLora(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, lora_name: str, strength: float) -> str:
+    def fingerprint_inputs(cls, lora_name: str, strength: float, **_: object) -> str:
         return f"{fingerprint(lora_name)} {strength}"
 
     @classmethod

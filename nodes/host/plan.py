@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import comfy.model_management as management
-import psutil
 import torch
 from comfy.ldm.modules import attention as host_attention
 
@@ -160,9 +159,10 @@ def plan(names: dict[str, str], settings: Settings, card: str) -> str:
 
 def place_of(card: str) -> Place:
     """This computer, or this computer with another card, or without one."""
-    ram = psutil.virtual_memory()
+    main = torch.device("cpu")
+    ram = {"ram": management.get_total_memory(main), "ram_free": int(management.get_free_memory(main))}
     reserve, least = int(management.extra_reserved_memory()), int(management.minimum_inference_memory())
-    common = {"reserve": reserve, "least": least, "ram": ram.total, "ram_free": ram.available}
+    common = {"reserve": reserve, "least": least, **ram}
     device = management.get_torch_device()
     if card == AUTOMATIC and device.type != "cpu":
         total = int(management.get_total_memory(device))
@@ -170,7 +170,7 @@ def place_of(card: str) -> Place:
         free = min(int(management.get_free_memory(device)) + ours, total)
         return Place(Machine(total, free, **common), device)
     if card in (AUTOMATIC, "none"):
-        return Place(Machine(0, 0, **common), torch.device("cpu"))
+        return Place(Machine(0, 0, **common), main)
     size = int(float(card) * 2**30)
     return Place(Machine(size, int(memory.USABLE * size), **common), None)
 
