@@ -128,7 +128,8 @@ def test_attention_gets_views_of_the_projections(variant):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
     network, values = model(variant, attention=attention), []
-    for block in network.transformer_blocks:
+    blocks: Any = network.transformer_blocks
+    for block in blocks:
         block.attn1.to_v.register_forward_hook(lambda _module, _inputs, output: values.append(output))
     with torch.no_grad():
         network(*inputs())

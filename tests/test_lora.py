@@ -36,7 +36,7 @@ RANK = 4
 
 
 def transformer(**changes: Any) -> Any:
-    from diffusers import CogVideoXTransformer3DModel
+    from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
 
     torch.manual_seed(1)
     return CogVideoXTransformer3DModel(**{**CONFIG, **changes}).requires_grad_(False)
@@ -282,7 +282,7 @@ def test_alpha_from_the_header(plain, lora, header):
 
 
 def test_what_diffusers_saves(plain, tmp_path):
-    from diffusers import CogVideoXPipeline
+    from diffusers.pipelines.cogvideo.pipeline_cogvideox import CogVideoXPipeline
 
     settings = {"r": 4, "lora_alpha": 2, "alpha_pattern": {"to_q": 8}, "rank_pattern": {}}
     CogVideoXPipeline.save_lora_weights(

@@ -1,5 +1,7 @@
 """The VAE's wrapper: equal to diffusers, tiles, progress and the frame arithmetic."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -20,9 +22,10 @@ def vae():
 @pytest.fixture(scope="module")
 def reference(vae):
     """The same weights in diffusers' class, without what build_vae does to save memory."""
-    from diffusers import AutoencoderKLCogVideoX
+    from diffusers.models.autoencoders.autoencoder_kl_cogvideox import AutoencoderKLCogVideoX
 
-    model = AutoencoderKLCogVideoX.from_config(dict(CONFIG)).eval()
+    model: Any = AutoencoderKLCogVideoX.from_config(dict(CONFIG))
+    model.eval()
     model.load_state_dict(vae.state_dict())
     return model
 

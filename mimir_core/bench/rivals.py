@@ -111,7 +111,7 @@ def ours(
 
 def diffusers_model(shape: Shape, state: State) -> Any:
     """diffusers' CogVideoXTransformer3DModel around the given weights."""
-    from diffusers import CogVideoXTransformer3DModel
+    from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
 
     settings = dataclasses.asdict(shape.config)
     with torch.device("meta"):

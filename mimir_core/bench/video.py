@@ -97,7 +97,8 @@ class _Callable:
 
 def diffusers_film(scene: Scene) -> Run:
     """diffusers' CogVideoXPipeline with its DDIM scheduler, the same noise, texts and VAE."""
-    from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
+    from diffusers.pipelines.cogvideo.pipeline_cogvideox import CogVideoXPipeline
+    from diffusers.schedulers.scheduling_ddim_cogvideox import CogVideoXDDIMScheduler
 
     scheduler = CogVideoXDDIMScheduler(**scheduler_settings(scene.diffusion))
     model = diffusers_model(scene.shape, scene.state)
