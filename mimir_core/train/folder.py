@@ -130,7 +130,7 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
     Every process must call it; all but the main one get nothing.
     """
-    found = get_model_state_dict(model, options=_options(ignore_frozen_params=True))
+    found: dict[str, Any] = get_model_state_dict(model, options=_options(ignore_frozen_params=True))
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in found.items()}
 
 
@@ -160,11 +160,11 @@ def export_transformer(
 
 def _moments(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's state as {parameter/entry: tensor}; empty on all processes but the main one."""
-    state = get_optimizer_state_dict(model, optimiser, options=_options()).get("state", {})
+    state: Any = get_optimizer_state_dict(model, optimiser, options=_options()).get("state", {})
     return {
         f"{name}/{entry}": torch.as_tensor(value).detach().cpu().contiguous().clone()
         for name, entries in state.items()
-        for entry, value in entries.items()  # type: ignore[union-attr]
+        for entry, value in entries.items()
     }
 
 

@@ -150,7 +150,8 @@ class CheckpointedDiT(CogVideoXTransformer):
         if not (self.checkpointing and torch.is_grad_enabled()):
             return super().run_blocks(video, text, temb, rope, options)
         for block in self.transformer_blocks:
-            video, text = checkpoint(block, video, text, temb, rope, options, use_reentrant=False)
+            out: Any = checkpoint(block, video, text, temb, rope, options, use_reentrant=False)
+            video, text = out
         return video
 
 
