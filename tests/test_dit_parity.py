@@ -126,6 +126,30 @@ def test_crop_region_is_the_pipelines():
             assert crop_region(height, width, 30, 45) == expected
 
 
+@pytest.mark.parametrize("height, width", [(60, 90), (90, 60)], ids=["480x720", "720x480"])
+@pytest.mark.parametrize("variant, frames", [("5b", 13), ("1.5-5b", 14)])
+def test_rotary_table_of_the_published_sizes(variant, frames, height, width):
+    """49 frames at 480 x 720 and portrait, every token of the real grid."""
+    config = DIT_PRESETS[variant]
+    layer = dataclasses.replace(config, num_layers=1)
+    with torch.device("meta"):
+        theirs = diffusers.CogVideoXTransformer3DModel(**dataclasses.asdict(layer))
+    cos, sin = rotary_of_the_pipeline(config, theirs, height, width, frames)
+    found = rotary_table(config, (frames // (config.patch_size_t or 1), height // 2, width // 2), 226)
+    torch.testing.assert_close(found.cos[226:, 0], cos, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.sin[226:, 0, 1::2], sin[:, 1::2], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("grid", [(13, 30, 45), (13, 45, 30)], ids=["480x720", "720x480"])
+def test_sincos_table_of_the_published_sizes(grid):
+    from diffusers.models.embeddings import get_3d_sincos_pos_embed
+
+    config = DIT_PRESETS["2b"]
+    frames, height, width = grid
+    expected = get_3d_sincos_pos_embed(config.width, (width, height), frames, 1.875, 1.0, output_type="pt")
+    torch.testing.assert_close(sincos_table(config, grid), expected.flatten(0, 1).float(), rtol=0, atol=1e-6)
+
+
 def test_rotation_keeps_length_and_leaves_text_alone():
     config = VARIANTS["5b"]
     x = torch.randn(2, 5 + 2 * 3 * 4, 3, config.attention_head_dim)

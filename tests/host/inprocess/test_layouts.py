@@ -148,11 +148,28 @@ def test_every_layout_samples_the_pipelines_video(root, written, expected, run_n
     is_folder = "folder" in layout
     name = LAYOUTS[layout](folder, root / f"{variant} {layout}{'' if is_folder else '.safetensors'}")
     (model,) = run_node(load.MimirLoadModel, model_name=name, dtype="default")
+    assert_holds(model, state_of(folder), variant)  # so what holds of one layout holds of all
     slow = variant == "2b" and layout != "diffusers keys"
     for size in (LANDSCAPE,) if slow else (LANDSCAPE, PORTRAIT):
         assert relative(sampled(model, variant, size, 10), expected(variant, size, 10)) < 1e-3
     if not is_folder:
         (root / name).unlink()
+
+
+def assert_holds(model: Any, state: State, variant: str) -> None:
+    """The MODEL has these very weights and the configuration they were written with."""
+    found = model.model.diffusion_model.state_dict()
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name].float(), tensor.float()) for name, tensor in state.items())
+    known = (
+        "sample_width",
+        "sample_height",
+        "patch_size_t",
+        "use_rotary_positional_embeddings",
+        "num_layers",
+    )
+    dit = model.model.dit
+    assert {k: getattr(dit, k) for k in known} == {k: CONFIG[variant].get(k, getattr(dit, k)) for k in known}
 
 
 @pytest.mark.parametrize("variant", ["5b", "1.5"])
