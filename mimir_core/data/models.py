@@ -30,7 +30,7 @@ class ImageScorer:
         folder = model_folder(section.model, name)
         self.device = section.device
         self.processor = AutoImageProcessor.from_pretrained(folder, **LOCAL)
-        model = AutoModelForImageClassification.from_pretrained(folder, use_safetensors=True, **LOCAL)
+        model: Any = AutoModelForImageClassification.from_pretrained(folder, use_safetensors=True, **LOCAL)
         self.model = model.to(self.device).eval()
         labels = {str(label): int(index) for index, label in model.config.id2label.items()}
         if section.label not in labels:
@@ -52,7 +52,7 @@ class VideoCaptioner:
         folder = model_folder(section.model, "captions")
         self.section = section
         self.processor = AutoProcessor.from_pretrained(folder, **LOCAL)
-        model = AutoModelForImageTextToText.from_pretrained(folder, use_safetensors=True, **LOCAL)
+        model: Any = AutoModelForImageTextToText.from_pretrained(folder, use_safetensors=True, **LOCAL)
         self.model = model.to(section.device).eval()
 
     @torch.inference_mode()

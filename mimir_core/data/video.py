@@ -11,11 +11,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 from av.container import InputContainer
+from av.error import FFmpegError, InvalidDataError
 from av.filter import Graph
+from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -80,7 +83,7 @@ def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         # "file:" and the whitelist: a name with a colon or a playlist in disguise must not reach the network.
         container = av.open(f"file:{path}", options={"protocol_whitelist": "file"}, metadata_errors="replace")
         yield container, _stream(container)
-    except (OSError, MemoryError, av.FFmpegError, UnicodeError, struct.error) as error:
+    except (OSError, MemoryError, FFmpegError, UnicodeError, struct.error) as error:
         raise _unreadable(error) from error
     finally:
         if container is not None:
@@ -88,7 +91,7 @@ def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
 
 
 def _unreadable(error: Exception) -> Unreadable:
-    if isinstance(error, av.InvalidDataError) or not isinstance(error, (OSError, MemoryError)):
+    if isinstance(error, InvalidDataError) or not isinstance(error, (OSError, MemoryError)):
         return Unreadable("not a video, or its header is damaged (FFmpeg: invalid data)")
     return Unreadable(
         f"cannot be read: {error.strerror if isinstance(error, OSError) else error}", retry=True
@@ -99,7 +102,7 @@ def _stream(container: InputContainer) -> VideoStream:
     name = container.format.name
     if name in NO_VIDEO or name.endswith("_pipe"):
         raise Unreadable(f"not a video: FFmpeg reads it as {name}")
-    cover = av.stream.Disposition.attached_pic
+    cover = Disposition.attached_pic
     streams = [stream for stream in container.streams.video if not stream.disposition & cover]
     if not streams:
         raise Unreadable("it has no video stream")
@@ -117,7 +120,7 @@ def decode(container: InputContainer, stream: VideoStream, tally: Tally) -> Iter
         try:
             packet = next(packets, None)
             frames = packet.decode() if packet is not None else None
-        except av.InvalidDataError:
+        except InvalidDataError:
             tally.broken += 1
             continue
         if frames is None:
@@ -138,7 +141,8 @@ def picture(stream: VideoStream, first: VideoFrame) -> Picture:
 
 
 def _matrix(frame: VideoFrame) -> tuple[int, int, int, int]:
-    for data in frame.side_data:
+    side_data: Any = frame.side_data  # PyAV's stub calls it a dictionary; it is a sequence of SideData
+    for data in side_data:
         if data.type.name == "DISPLAYMATRIX":
             a, b, _, c, d = struct.unpack("5i", bytes(data)[:20])
             matrix = (round(a / 65536), round(b / 65536), round(c / 65536), round(d / 65536))
@@ -206,7 +210,7 @@ def _from_keyframe(
         container.seek(shown_as.origin + int(start / base), stream=stream, backward=True)
         frames = decode(container, stream, tally)
         first = next(frames, None)
-    except (av.FFmpegError, OSError):
+    except (FFmpegError, OSError):
         first = None
     time = seconds(first) if first is not None else None
     if first is not None and time is not None and time <= start + MICRO:

@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+from av.codec.codec import UnknownCodecError
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 
@@ -18,7 +19,7 @@ def check_codec(output: Output) -> None:
     """ValueError when the installed FFmpeg cannot encode with the codec that is asked for."""
     try:
         av.Codec(output.codec, "w")
-    except av.codec.codec.UnknownCodecError as error:
+    except UnknownCodecError as error:
         raise ValueError(
             f"output.codec is {output.codec!r}, which this PyAV cannot write; try libx264, h264 or mpeg4"
         ) from error
