@@ -75,7 +75,7 @@ def sealed(record: Mapping[str, Any], tokens: Tensor, pack: str) -> Record:
 def checksum(tokens: Tensor) -> str:
     """32 hexadecimal digits of a tensor's shape, dtype and bits."""
     digest = hashlib.sha256(f"{tuple(tokens.shape)} {tokens.dtype}".encode())
-    digest.update(tokens.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    digest.update(tokens.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
 
 
