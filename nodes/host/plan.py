@@ -190,8 +190,9 @@ def _t5(source: Source, settings: Settings, place: Place) -> Stage:
 def _phi(source: Source, settings: Settings, place: Place) -> Stage:
     weights_ = source.sizes.get(settings.phi_dtype, source.stored)
     on_cpu = _on_cpu(place) or settings.phi_device == "cpu"
-    if on_cpu or place.device is not None:
-        size = compute_dtype(source.config, torch.device("cpu") if on_cpu else place.device).itemsize
+    device = torch.device("cpu") if on_cpu else place.device
+    if device is not None:
+        size = compute_dtype(source.config, device).itemsize
     else:
         size = 2 if source.config.hidden_size >= 1024 else 4
     tokens = PROMPT + settings.answer_length

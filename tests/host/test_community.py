@@ -89,7 +89,7 @@ def tiny(host: Client) -> Tiny:
 
 
 def finite(video: torch.Tensor, frames: int = 3) -> bool:
-    return video.shape == (1, 16, frames, 8, 8) and bool(torch.isfinite(video).all()) and video.std() > 0.01
+    return video.shape == (1, 16, frames, 8, 8) and bool(torch.isfinite(video).all() and video.std() > 0.01)
 
 
 def test_every_sampler_node_gives_what_ksampler_gives(tiny: Tiny) -> None:

@@ -24,7 +24,7 @@ from .graph import Graph, Ref, relative
 from .inprocess import references
 
 ONE_AND_A_HALF = {**references.DIT_15, "num_attention_heads": 1, "attention_head_dim": 64}
-LTXV = {
+LTXV: dict[str, Any] = {
     "in_channels": 128, "out_channels": 128, "num_layers": 2, "num_attention_heads": 2,
     "attention_head_dim": 32, "cross_attention_dim": 64, "caption_channels": references.TEXT_WIDTH,
 }  # fmt: skip
@@ -56,7 +56,7 @@ def files(server: Server) -> None:
 
 
 def ltxv() -> Any:
-    from diffusers import LTXVideoTransformer3DModel
+    from diffusers.models.transformers.transformer_ltx import LTXVideoTransformer3DModel
 
     torch.manual_seed(6)
     model = LTXVideoTransformer3DModel(**LTXV)
