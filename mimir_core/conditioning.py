@@ -8,7 +8,7 @@ header, also what is known about how the tokens were made.
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -39,7 +39,13 @@ OBJECTS = {
 }
 
 Condition = list[list[Any]]
-WRONG = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what a damaged header leads to
+# What a damaged header leads to; RuntimeError also stands for too deep a nesting.
+WRONG = (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RuntimeError, SafetensorError)
+SHARES = ("start_percent", "end_percent")  # options that are a share of the sampling
+NUMBERS = ("strength", "mask_strength", *SHARES)
+TENSORS = ("pooled_output", "attention_mask")  # options that are a tensor, or None
+ORIGINS = ("t5", "llm", "fuser")  # parts of a record that are dictionaries
+NO_TOKENS = "no tokens: a sampler for CogVideoX cannot use it"
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,9 @@ class Saved:
                 part = f" {index + 1}" if len(condition or ()) > 1 else ""
                 lines += ["", f"{side}{part}{_range(options)}"]
                 lines += [f"  {line}" for line in describe(current(options, tokens))]
-        return "\n".join(lines if self.negative is not None else [*lines, "", "negative: none"])
+                lines += [f"  {NO_TOKENS}"] if tokens is None else []
+        text = "\n".join(lines if self.negative is not None else [*lines, "", "negative: none"])
+        return text.encode(errors="replace").decode()  # characters that no page can show
 
 
 def save_conditions(
@@ -106,6 +114,8 @@ def load_conditions(path: str | Path) -> Saved:
     try:
         header = json.loads(metadata[MARK])
         version = int(header["format"])
+        if version < 1:
+            raise ValueError(f"there is no file format {version}")
     except WRONG as error:
         raise _damaged(path) from error
     if version > FORMAT:
@@ -115,13 +125,11 @@ def load_conditions(path: str | Path) -> Saved:
         )
     try:
         tensors = {name: tensor.clone() for name, tensor in load_file(str(path)).items()}
-        sides = [header[side] and [_unpacked(entry, tensors) for entry in header[side]] for side in SIDES]
-        precision, pack = str(header["precision"]), str(header["pack"])
-    except (*WRONG, SafetensorError) as error:
+        saved = _saved(path, header, tensors)
+        saved.text()  # so that nothing in it can fail later
+    except WRONG as error:
         raise _damaged(path) from error
-    if not sides[0]:
-        raise _damaged(path)
-    return Saved(path, sides[0], sides[1] or None, precision, pack)
+    return saved
 
 
 def zeros_like(positive: Condition) -> Condition:
@@ -133,6 +141,33 @@ def zeros_like(positive: Condition) -> Condition:
     return [[None if tokens is None else torch.zeros_like(tokens), kept]]
 
 
+def _saved(path: Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Saved:
+    """What a header says, with the tensors that it names. ValueError when it is not as it was written."""
+    sides: list[Condition | None] = []
+    for side in SIDES:
+        entries = header[side]
+        if entries is not None and not isinstance(entries, list):
+            raise ValueError(f"{side} is no list")
+        sides.append([_unpacked(entry, tensors) for entry in entries] if entries else None)
+    positive, negative = sides
+    if positive is None or header["precision"] not in PRECISIONS or not isinstance(header["pack"], str):
+        raise ValueError("the file's own settings are not as they were written")
+    named = {name for side in SIDES for name in _named(header[side])}
+    if not named >= set(tensors) - {MARK}:  # tokens that were taken out of the header
+        raise ValueError("there are tensors that the header does not name")
+    return Saved(path, positive, negative, header["precision"], header["pack"])
+
+
+def _named(value: Any) -> Iterator[str]:
+    """Names of the tensors that a part of the header asks for."""
+    if isinstance(value, Mapping):
+        if isinstance(value.get("tensor"), str):
+            yield value["tensor"]
+        value = list(value.values())
+    for item in value if isinstance(value, list) else ():
+        yield from _named(item)
+
+
 def _packed(entry: Entry, where: str, precision: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """One entry as JSON; its tensors are added to `tensors`."""
     tokens, options = entry[0], dict(entry[1])
@@ -140,6 +175,11 @@ def _packed(entry: Entry, where: str, precision: str, tensors: dict[str, Tensor]
     options.pop(RECORD, None)
     stored, kept = None, tokens
     if tokens is not None:
+        if not _are_tokens(tokens):
+            raise ValueError(
+                f"{_place(where)} has no tokens of the kind (batch, tokens, width), so it is not saved. "
+                "Connect Token Fuser or T5 Encode."
+            )
         _require_numbers(tokens, where)
         half = precision == HALF and str(tokens.dtype).removeprefix("torch.") in DTYPES
         stored = _tensor(tokens.to(torch.bfloat16) if half else tokens, f"{where}.tokens", tensors)
@@ -147,26 +187,70 @@ def _packed(entry: Entry, where: str, precision: str, tensors: dict[str, Tensor]
             stored["dtype"] = str(tokens.dtype).removeprefix("torch.")
             kept = tokens.to(torch.bfloat16).to(tokens.dtype)
             record = record and {**record, "rounded": HALF}
+    encoded = {key: _encoded(value, f"{where}.{key}", tensors) for key, value in options.items()}
+    wrong = _wrong_option(options)
+    if wrong:
+        raise ValueError(f"{_place(where)} has {wrong}, so it is not saved. Leave out the node that set it.")
     return {
         "tokens": stored,
         "checksum": None if kept is None else checksum(kept),
-        "options": {key: _encoded(value, f"{where}.{key}", tensors) for key, value in options.items()},
+        "options": encoded,
         "made": record,
     }
 
 
 def _unpacked(entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> list[Any]:
-    """The entry again. ValueError when its tokens are not those that were saved."""
+    """The entry again. ValueError when it is not what was saved."""
     stored, tokens = entry["tokens"], None
+    if stored is None and entry["checksum"] is not None:
+        raise ValueError("the tokens are missing")
     if stored is not None:
         tokens = tensors[stored["tensor"]]
         tokens = tokens.to(DTYPES[stored["dtype"]]) if "dtype" in stored else tokens
         if checksum(tokens) != entry["checksum"]:
             raise ValueError("the tokens are not those that were saved")
+        if not _are_tokens(tokens):
+            raise ValueError("the tokens are no tokens")
+        _require_numbers(tokens, "positive.0.tokens")
     options = {key: _decoded(value, tensors) for key, value in entry["options"].items()}
+    wrong = f"a record in {RECORD}" if RECORD in options else _wrong_option(options)
+    if wrong:
+        raise ValueError(f"the options have {wrong}")
     if entry["made"] is not None:
-        options[RECORD] = {**entry["made"], "checksum": entry["checksum"]}
+        options[RECORD] = {**_record(entry["made"]), "checksum": entry["checksum"]}
     return [tokens, options]
+
+
+def _are_tokens(tokens: Tensor) -> bool:
+    return tokens.ndim == 3 and tokens.is_floating_point()
+
+
+def _wrong_option(options: Mapping[str, Any]) -> str:
+    """What is wrong with the options that samplers read; empty for nothing."""
+    for name in NUMBERS:
+        value = options.get(name, 0.0)
+        low, high = (0, 1) if name in SHARES else (-1e30, 1e30)
+        if isinstance(value, bool) or not isinstance(value, Real) or not _between(low, value, high):
+            return f"{value!r:.40} as '{name}'"
+    other = [name for name in TENSORS if not isinstance(options.get(name), (Tensor, type(None)))]
+    return f"no tensor as '{other[0]}'" if other else ""
+
+
+def _between(low: float, value: Any, high: float) -> bool:
+    return bool(low <= value <= high)
+
+
+def _record(made: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`made`. ValueError unless it is what `provenance` writes: plain values, and dictionaries of them."""
+    if any(not isinstance(made.get(part, {}), Mapping) for part in ORIGINS) or not _plain(made):
+        raise ValueError("the record is not as it was written")
+    return made
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_plain, value.values()))
+    return value is None or isinstance(value, (str, int, float))
 
 
 def _encoded(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:

@@ -100,11 +100,18 @@ def random_name(chance: random.Random) -> str:
     return chance.choice(["tensor", "tuple", "dict", "tokens", "0", "a.0", "a", "dtype", "é", ""])
 
 
+def random_tokens(chance: random.Random) -> torch.Tensor:
+    made = torch.randn(
+        *(chance.randrange(1, 4) for _ in range(3)), generator=torch.Generator().manual_seed(1)
+    )
+    return made.to(chance.choice([torch.float32, torch.float64, torch.float16, torch.bfloat16]))
+
+
 def random_condition(seed: int) -> list[Any]:
     chance = random.Random(seed)
     return [
         [
-            random_tensor(chance),
+            random_tokens(chance),
             {random_name(chance): random_value(chance) for _ in range(chance.randrange(6))},
         ]
         for _ in range(chance.randrange(1, 4))
@@ -142,6 +149,10 @@ def test_an_entry_without_tokens_comes_back(tmp_path: Path) -> None:
     save_conditions(tmp_path / "a.safetensors", positive)
     assert load_conditions(tmp_path / "a.safetensors").positive == positive
     assert zeros_like(positive) == [[None, {}]]
+    assert (
+        "no tokens: a sampler for CogVideoX cannot use it"
+        in load_conditions(tmp_path / "a.safetensors").text()
+    )
 
 
 def test_bfloat16_halves_the_tokens_and_nothing_else(tmp_path: Path) -> None:
@@ -208,6 +219,7 @@ class ControlNet:
         ({"strength": math.nan}, "holds 'strength' .nan, float"),
         ({"table": {1: 2}}, "holds 'table' .an object, dict"),
         ({"pooled_output": torch.tensor([math.nan])}, "has NaN in 'pooled_output'"),
+        ({"start_percent": 1.5}, "part 2, has 1.5 as 'start_percent', so it is not saved"),
     ],
 )
 def test_what_no_file_can_hold_is_named(options: dict[str, Any], words: str, tmp_path: Path) -> None:
