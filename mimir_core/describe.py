@@ -13,7 +13,7 @@ from . import weights
 from .config import DIT_PRESETS, PHI_PRESETS, T5_PRESETS, DiTConfig, FuserConfig, PhiConfig, T5Config
 from .dit import CogVideoXTransformer
 from .headers import Checkpoint, TensorInfo, open_checkpoint
-from .lora import match_lora
+from .lora import Unfit, match_lora
 from .recognise import FileKind, dit_variant, model_names, quantised, recognise
 
 GB = 10**9
@@ -32,7 +32,8 @@ PUBLISHED = {
     "1.5-5b": "CogVideoX-1.5-5B",
     "tiny": "Mimir Tiny's DiT",
 }
-LORA_TARGETS = ("5b", "1.5-5b", "2b")
+LORA_TARGETS = ("5b", "1.5-5b", "2b", "tiny")
+LORA_SIZES = "CogVideoX-2B (width 1920, 30 blocks) and CogVideoX-5B and 1.5 (width 3072, 42 blocks)"
 
 
 class Count(NamedTuple):
@@ -161,6 +162,10 @@ def _lora(path: Path) -> dict[str, Any]:
     for preset in LORA_TARGETS:
         try:
             fits[PUBLISHED[preset]] = match_lora(path, _parameters(preset))
+        except Unfit as error:
+            problem = (
+                problem or f"{path.name} is {error.found}, which fits none that was published: {LORA_SIZES}."
+            )
         except ValueError as error:
             problem = problem or str(error)
     if not fits:

@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from math import prod, sqrt
+from math import isfinite, prod, sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +44,7 @@ PLAIN = Wanted(
 )
 PEFT_SETTINGS = "adapter_config.json"
 WIDTHS = {1920: "CogVideoX-2B", 3072: "CogVideoX-5B or 1.5"}
+NO_EFFECT = "; alpha is 0, so it has no effect"
 _LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 # The changes that a file can make to a module: name -> its parts.
@@ -55,6 +56,14 @@ _CHANGES = {
     "up bias": (UP_BIAS,),
     "diff bias": (DIFF_BIAS,),
 }
+
+
+class Unfit(ValueError):
+    """A LoRA for a CogVideoX of another size: `found` says of which, "a LoRA for a transformer of ..."."""
+
+    def __init__(self, path: Path, found: str, here: str) -> None:
+        super().__init__(str(refusal(path, f"{found}, and this one has {here}", LORA)))
+        self.found = found
 
 
 class Left(NamedTuple):
@@ -86,15 +95,35 @@ class Match:
     note: str  # on where alpha was looked for, or empty
 
     def load(self) -> dict[str, Adapter]:
-        """{module of ours: what it gets}, tensors in the dtype on disk, on the CPU."""
+        """{module of ours: what it gets}, tensors in the dtype on disk, on the CPU.
+
+        ValueError when one of them holds NaN or infinity, which would make the whole video so.
+        """
         wanted = {(module, part): key for module, parts in self.places.items() for part, key in parts.items()}
         state = self.checkpoint.load({key: key for key in wanted.values()})
+        self._require_finite(state)
         loaded: dict[str, Adapter] = {}
         for module, parts in self.places.items():
             tensors = {part: state[key] for part, key in parts.items() if part != ALPHA}
             adapter = _with_bias(Adapter(tensors, self.alphas.get(module)))
             loaded.update(_unfused(module, adapter))
         return loaded
+
+    def _require_finite(self, state: Mapping[str, Tensor]) -> None:
+        broken = [key for key, tensor in state.items() if not bool(tensor.float().isfinite().all())]
+        broken = broken or [f"alpha of {name}" for name, alpha in self.alphas.items() if not isfinite(alpha)]
+        if broken:
+            others = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+            raise ValueError(
+                f"{self.checkpoint.path.name} is a LoRA with NaN or infinity in {broken[0]}{others}: the "
+                "file is damaged or its training failed; download it again or choose another."
+            )
+
+    @property
+    def idle(self) -> bool:
+        """Whether alpha is 0 in every module, and nothing but a scaled change is in the file."""
+        changes = {part for parts in self.places.values() for part in parts} & {DIFF, DIFF_BIAS}
+        return not changes and all(self.alphas.get(module) == 0 for module in self.places)
 
     @property
     def summary(self) -> str:
@@ -105,7 +134,7 @@ class Match:
         left = "; ".join(f"{len(names)} {reason} ({_some(names)})" for reason, names in reasons.items())
         return (
             f"matched {len(self.places)} of {_modules(self.total)} ({self._strength()}); "
-            f"unmatched: {left or 'none'}{self.note}"
+            f"unmatched: {left or 'none'}{self.note}{NO_EFFECT if self.idle else ''}"
         )
 
     @property
@@ -123,6 +152,19 @@ class Match:
         words.append(f"alpha {_span(self.alphas.values())}" if self.alphas else "no alpha, so scale 1")
         scales = {self.alphas[module] / rank for module, rank in ranks.items() if module in self.alphas}
         return ", ".join(words + ([f"scale {_span(scales)}"] if scales - {1.0} else []))
+
+
+def without_effect(adapters: Mapping[str, Adapter]) -> bool:
+    """Whether these adapters change nothing: alpha is 0, or all that they would add is zeros."""
+    return not any(map(_has_effect, adapters.values()))
+
+
+def _has_effect(adapter: Adapter) -> bool:
+    tensors = adapter.tensors
+    if any(bool(tensors[part].any()) for part in (DIFF, DIFF_BIAS) if part in tensors):
+        return True
+    factors = [part for part in tensors if part not in (DIFF, DIFF_BIAS)]
+    return adapter.alpha != 0 and bool(factors) and all(bool(tensors[part].float().any()) for part in factors)
 
 
 def match_lora(path: str | Path, parameters: Mapping[str, Shape]) -> Match:
@@ -177,8 +219,8 @@ def _refuse_foreign(checkpoint: Checkpoint, homes: Mapping[str, str | None], mod
         raise refusal(checkpoint.path, words, LORA)
     blocks = [block for stem in strangers if (block := modules.beyond(stem)) is not None]
     if blocks:
-        words = f"a LoRA for a transformer of {max(blocks) + 1} blocks, and this one has {modules.depth}"
-        raise refusal(checkpoint.path, words, LORA)
+        found = f"a LoRA for a transformer of {max(blocks) + 1} blocks"
+        raise Unfit(checkpoint.path, found, str(modules.depth))
 
 
 def _refuse_kinds(checkpoint: Checkpoint, found: Mapping[str, Mapping[str, str]]) -> None:
@@ -205,7 +247,7 @@ def _fitting(
     for change, found in _changes(shapes).items():
         wanted = modules.shape(module, "bias" if "bias" in change else "weight")
         if found is None or (change == "up bias" and UP not in taken):
-            left.append(Left(stem, "incomplete: one half is missing"))
+            left.append(Left(stem, "incomplete, since one of its tensors is missing"))
         elif fused(module) and change in ("loha", "lokr"):
             left.append(Left(stem, f"a {change} over q, k and v at once, which cannot be taken apart"))
         elif wanted is not None and _same(found, wanted, exact=change == "diff"):
@@ -269,8 +311,7 @@ def _refuse_width(checkpoint: Checkpoint, module: str, found: Shape, ours: int) 
     rows = {".linear": 6, ".proj": 4, "_qkv": 3}
     theirs = found[0] // next((count for end, count in rows.items() if module.endswith(end)), 1)
     if theirs != ours:
-        words = f"a LoRA for a transformer of width {_wide(theirs)}, and this one has {_wide(ours)}"
-        raise refusal(checkpoint.path, words, LORA)
+        raise Unfit(checkpoint.path, f"a LoRA for a transformer of width {_wide(theirs)}", _wide(ours))
 
 
 def _wide(width: int) -> str:

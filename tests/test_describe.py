@@ -169,9 +169,22 @@ def test_loras_are_named_by_what_they_fit(tmp_path):
     assert wide.name.startswith("LoRA for CogVideoX-5B or CogVideoX-1.5-5B") and "rank 64" in wide.name
     narrow = describe(write(tmp_path / "2b.safetensors", lora(16, 1920, names), "BF16"))
     assert narrow.name.startswith("LoRA for CogVideoX-2B") and narrow.loader == "Load Mimir LoRA"
+    tiny = describe(write(tmp_path / "tiny.safetensors", lora(4, 128, names[:1]), "F32"))
+    assert tiny.name.startswith("LoRA for Mimir Tiny's DiT, matched 1 of 1") and not tiny.problem
     flux = lora(16, 3072, ("transformer.single_transformer_blocks.0.attn.to_q",))
     found = describe(write(tmp_path / "flux.safetensors", flux, "BF16"))
     assert found.name == "LoRA" and found.loader is None and found.problem
+
+
+def test_a_lora_of_no_published_size_is_described_without_a_model(tmp_path):
+    names = ("transformer.transformer_blocks.0.attn1.to_q", "transformer.transformer_blocks.47.attn1.to_q")
+    for file, words in (
+        (write(tmp_path / "wide.safetensors", lora(4, 512, names[:1]), "F32"), "width 512"),
+        (write(tmp_path / "deep.safetensors", lora(4, 3072, names), "F32"), "48 blocks"),
+    ):
+        problem = describe(file).problem or ""
+        assert f"transformer of {words}, which fits none that was published" in problem, problem
+        assert "(width 1920, 30 blocks)" in problem and "this one has" not in problem
 
 
 @pytest.mark.parametrize(

@@ -442,7 +442,7 @@ def test_a_part_is_matched_and_the_rest_named(five, lora):
         "(3072x128, here 3072x64)",
         "transformer.perceiver_cross_attention.0.to_q: not in this model",
         "lora_te_text_model_encoder_layers_0_mlp_fc1: of a text encoder, which stays as it is",
-        "transformer.transformer_blocks.0.attn1.to_k: incomplete: one half is missing",
+        "transformer.transformer_blocks.0.attn1.to_k: incomplete, since one of its tensors is missing",
         "transformer.transformer_blocks.1.norm1.norm.weight: replaced whole, not by a LoRA",
         "transformer.patch_embed.text_proj: of another shape (8x1, here 3072x1)",
     ):

@@ -10,7 +10,7 @@ from typing import Any
 import comfy.model_patcher
 import comfy.weight_adapter
 
-from ...mimir_core.lora import PEFT_SETTINGS, Adapter, match_lora
+from ...mimir_core.lora import PEFT_SETTINGS, Adapter, match_lora, without_effect
 from ...mimir_core.recognise import from_comfy
 from . import files
 
@@ -35,9 +35,12 @@ def load_lora(
         log.warning("Mimir: %s: only a part of this LoRA is applied.\n%s", path.name, match.report)
         summary = f"Only a part of this LoRA is applied: {summary}"
     if strength == 0:
-        return model, f"Strength 0, the model is unchanged: {summary}", match.report
+        return model, f"Strength 0, so it has no effect: {summary}", match.report
+    adapters = match.load()
+    if without_effect(adapters) and not match.idle:
+        summary += "; it has no effect, since what it adds is all zeros"
     patched = model.clone()
-    for module, adapter in match.load().items():
+    for module, adapter in adapters.items():
         for patches in _patches(module, adapter, names):
             if len(patched.add_patches(patches, strength)) != len(patches):
                 raise RuntimeError(f"{path.name}: the host did not take {', '.join(patches)}")
