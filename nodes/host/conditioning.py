@@ -1,7 +1,10 @@
 """CONDITIONING that knows how it was made, and the files that carry it to a host without the encoders."""
 
 import os
+import re
+import unicodedata
 from collections.abc import Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +29,17 @@ from .files import SUFFIXES, stamp
 
 FOLDER = "mimir"  # below the output folder, where the files of Save Conditioning go
 OUTPUT = " [output]"  # how core marks a file of the output folder in a list of input files
+FORBIDDEN = '<>:"|?*\\'  # on Windows, where shared files go too
+RESERVED = {
+    "CON",
+    "PRN",
+    "AUX",
+    "NUL",
+    *(f"{port}{digit}" for port in ("COM", "LPT") for digit in range(1, 10)),
+}
+LONGEST = 200  # bytes of a name; file systems take 255, with the number and the ending
+DATE = {"yyyy": "%Y", "yy": "%y", "MM": "%m", "dd": "%d", "hh": "%H", "mm": "%M", "ss": "%S"}
+DATE_PARTS = "|".join(DATE)
 NO_NEGATIVE = (
     "The file has no negative: zeros stand for it, which is the empty prompt that CogVideoX was trained with."
 )
@@ -73,11 +87,13 @@ def fused_options(entry: Any, tokens: Any, llm: Record, fuser: Record) -> dict[s
 
 def save(positive: Any, negative: Any, prefix: str, precision: str = EXACT) -> Written:
     """Write a file below output/mimir, numbered as core does. ValueError when a file cannot hold it."""
-    name = os.path.normpath(os.path.join(FOLDER, prefix.strip() or "conditioning"))
+    text = _dated(prefix.strip()) or "conditioning"
+    name = os.path.normpath(os.path.join(FOLDER, text))
     if not Path(name).is_relative_to(FOLDER) or name == FOLDER:
         raise ValueError(
             f"filename_prefix is '{prefix}', expected a name below output/{FOLDER}, without '..'."
         )
+    _require_portable(text, Path(name).relative_to(FOLDER))
     root = folder_paths.get_output_directory()
     folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path(name, root)
     file = Path(folder) / f"{stem}_{counter:05}_.safetensors"
@@ -85,10 +101,45 @@ def save(positive: Any, negative: Any, prefix: str, precision: str = EXACT) -> W
     size = file.stat().st_size / 1e6
     place = {"filename": file.name, "subfolder": subfolder.replace(os.sep, "/"), "type": "output"}
     report = (
-        f"Saved {precision} ({size:.1f} MB) as output/{place['subfolder']}/{file.name}. To share it, send "
-        f"this file: it belongs into ComfyUI/input.\n{load_conditions(file).text()}"
+        f"Saved {precision} ({size:.1f} MB) as output/{place['subfolder']}/{file.name}.\nTo share it, send "
+        "this file: it belongs into ComfyUI/input."
     )
     return Written(file, report, place)
+
+
+def _dated(prefix: str) -> str:
+    """%date:yyyy-MM-dd% as the page writes it into names; it does so only for core's own nodes."""
+    now = datetime.now()
+
+    def written(found: re.Match[str]) -> str:
+        return re.sub(DATE_PARTS, lambda part: now.strftime(DATE[part[0]]), found[1])
+
+    return re.sub("%date:([^%]*)%", written, prefix)
+
+
+def _require_portable(prefix: str, name: Path) -> None:
+    """ValueError for a name that some system cannot store, as the file is made to be sent around."""
+    wrong = sorted({char for char in prefix if char != os.sep and not _storable(char)})
+    length = len(prefix.encode(errors="replace"))
+    reserved = [part for part in name.parts if part.partition(".")[0].strip().upper() in RESERVED]
+    ends = [part for part in name.parts if part != part.strip(" .")]
+    if wrong:
+        problem = f"has {', '.join(map(ascii, wrong))}, which not every system can store in a name"
+    elif length > LONGEST:
+        problem = f"is {length} bytes long, expected at most {LONGEST}"
+    elif reserved or ends:
+        problem = f"has the part '{(reserved or ends)[0]}', which Windows cannot store"
+    else:
+        return
+    raise ValueError(f"filename_prefix {_shown(prefix)} {problem}: choose another name.")
+
+
+def _storable(char: str) -> bool:
+    return char not in FORBIDDEN and unicodedata.category(char) not in ("Cc", "Cs")
+
+
+def _shown(text: str) -> str:
+    return ascii(text if len(text) <= 40 else text[:40] + "...")
 
 
 def choices() -> list[str]:

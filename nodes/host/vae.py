@@ -186,12 +186,22 @@ def decode(vae: comfy.sd.VAE, latents: Tensor, tiling: Tiling) -> tuple[Tensor, 
             f"VAE Decode got the shape {tuple(latents.shape)}, but CogVideoX's have (batch, {CHANNELS}, "
             "frames, height, width). Connect the latent of Mimir DiT Sampler, or the VAE that made this one."
         )
+    _require_finite_latent(latents)
     needed = vae.memory_used_decode(latents.shape, vae.vae_dtype)
     tile = vae.tile if tiling == "on" or (tiling == "auto" and not vae.fits(needed)) else None
     with vae.only_whole(tiling == "off"):
         frames = vae.decode(latents, vae_options={"tile": tile})  # the host falls back to decode_tiled_3d
     require_finite(frames, "VAE Decode", "Start ComfyUI with --fp32-vae, or choose the VAE of this model.")
     return frames.flatten(0, -4), _report("Decoded", vae.first_stage_model.last_tile, tile)
+
+
+def _require_finite_latent(latents: Tensor) -> None:
+    """ValueError when not the VAE but what ran before it went wrong."""
+    if not bool(latents.isfinite().all()):
+        raise ValueError(
+            "VAE Decode got a latent with NaN or infinity, so it was not the VAE: look at the model, its "
+            "dtype, a LoRA and the settings of the sampler that made it."
+        )
 
 
 def encode(vae: comfy.sd.VAE, frames: Tensor, tiling: Tiling) -> tuple[Tensor, str]:

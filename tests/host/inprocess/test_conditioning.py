@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -275,7 +276,8 @@ def test_the_node_shows_where_the_file_is(parts, run_node, folders):
     place = {"filename": "b_00001_.safetensors", "subfolder": "mimir/a", "type": "output"}
     assert result.ui["conditioning"] == [place]
     (text,) = result.ui["text"]
-    assert text.startswith("Saved bfloat16 (0.0 MB) as output/mimir/a/b_00001_.safetensors. To share it")
+    assert text.startswith("Saved bfloat16 (0.0 MB) as output/mimir/a/b_00001_.safetensors.\nTo share it")
+    assert len(text.splitlines()) == 2 and PROMPT not in text
     assert nodes.MimirSaveConditioning.GET_SCHEMA().is_output_node
 
 
@@ -339,6 +341,41 @@ def test_hooks_are_refused_by_name(parts, run_node, folders):
 def test_files_stay_below_their_folder(prefix, parts, run_node, folders):
     with pytest.raises(ValueError, match="expected a name below output/mimir"):
         save(run_node, [[torch.zeros(1, 1, 1), {}]], filename_prefix=prefix)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "words"),
+    [
+        ("x" * 300, "is 300 bytes long, expected at most 200"),
+        ("a/" * 2000, "bytes long"),
+        ("a\nb", r"has '\\n', which not every system"),
+        ("a\0b", r"has '\\x00'"),
+        ("\ud800", "which not every system"),
+        *((f"a{char}b", "which not every system can store") for char in '<>:"|?*\x7f'),
+        ("CON", "has the part 'CON', which Windows cannot store"),
+        ("a/nul.b/c", "has the part 'nul.b'"),
+        ("a./b", "has the part 'a.'"),
+        ("%date:hh:mm%", "has ':'"),
+    ],
+)
+def test_names_that_no_other_system_takes_are_refused(prefix, words, run_node, folders):
+    with pytest.raises(ValueError, match=words) as refused:
+        save(run_node, [[torch.zeros(1, 1, 1), {}]], filename_prefix=prefix)
+    message = str(refused.value)
+    assert message.startswith("filename_prefix ") and "\n" not in message and len(message) < 300
+    assert not any((folders / "output").iterdir())
+
+
+def test_placeholders_and_other_languages_work_in_names(run_node, folders):
+    entry = [[torch.zeros(1, 1, 1), {}]]
+    for prefix, pattern in (
+        ("%year%/%month%_x", r"\d{4}/\d\d_x_00001_"),
+        ("%date:yyyy-MM-dd%", r"\d{4}-\d\d-\d\d_00001_"),
+        ("%Sampler.seed%", "%Sampler.seed%_00001_"),
+        ("赤い円 1.5", "赤い円 1.5_00001_"),
+    ):
+        path = save(run_node, entry, filename_prefix=prefix).relative_to(folders / "output/mimir")
+        assert re.fullmatch(f"{pattern}.safetensors", path.as_posix()), path
 
 
 def test_input_and_output_are_listed_newest_first(run_node, folders):

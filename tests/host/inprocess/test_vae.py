@@ -105,6 +105,15 @@ def test_latents_of_another_model_are_refused_in_a_sentence(pair, run_node):
             run_node(MimirVAEDecode, vae=vae, latent=z_dict(torch.zeros(shape)), tiling="auto")
 
 
+def test_a_broken_latent_is_not_blamed_on_the_vae(pair, run_node):
+    _, vae = pair
+    for value in (float("nan"), float("inf")):
+        broken = latents(1)
+        broken.view(-1)[0] = value
+        with pytest.raises(ValueError, match="^VAE Decode got a latent with NaN or infinity.*LoRA.*sampler"):
+            run_node(MimirVAEDecode, vae=vae, latent=z_dict(broken), tiling="auto")
+
+
 def test_out_of_memory_falls_back_to_tiles_and_says_so(pair, monkeypatch):
     reference, vae = pair
     original = vae.first_stage_model.decode
