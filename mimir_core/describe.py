@@ -12,7 +12,7 @@ import torch
 from . import weights
 from .config import DIT_PRESETS, PHI_PRESETS, T5_PRESETS, DiTConfig, FuserConfig, PhiConfig, T5Config
 from .dit import CogVideoXTransformer
-from .headers import Checkpoint, TensorInfo, open_checkpoint
+from .headers import Checkpoint, TensorInfo, has_tokenizer, open_checkpoint
 from .lora import Unfit, match_lora
 from .recognise import FileKind, dit_variant, model_names, quantised, recognise
 
@@ -32,6 +32,9 @@ PUBLISHED = {
     "1.5-5b": "CogVideoX-1.5-5B",
     "tiny": "Mimir Tiny's DiT",
 }
+TOKENIZER = (
+    "put tokenizer.json and tokenizer_config.json of the same model into its folder, beside the weights."
+)
 LORA_TARGETS = ("5b", "1.5-5b", "2b", "tiny")
 LORA_SIZES = "CogVideoX-2B (width 1920, 30 blocks) and CogVideoX-5B and 1.5 (width 3072, 42 blocks)"
 
@@ -102,6 +105,7 @@ class _Known(NamedTuple):
     name: Callable[[Any], str]
     dtypes: tuple[str, ...]  # that the loader offers besides "as on disk"
     blocks: str = ""  # names of the matrices that fp8 takes begin with this
+    own_tokenizer: Callable[[Any], bool] = lambda _: False  # whether one must lie beside it
 
 
 def describe(path: str | Path, part: str = "") -> Description:
@@ -132,8 +136,11 @@ def describe(path: str | Path, part: str = "") -> Description:
         found = known.check(path)
     except ValueError as error:
         return Description(name=_refused(checkpoint, kind, prefix), problem=str(error), **common)
-    memory = _memory(found, known)
-    return Description(name=known.name(found.config), loader=known.loader, memory=memory, **common)
+    common |= {"name": known.name(found.config), "memory": _memory(found, known)}
+    beside = path if path.is_dir() else path.parent  # where the loaders look
+    if known.own_tokenizer(found.config) and not has_tokenizer(beside):
+        return Description(problem=f"tokenizer missing: {TOKENIZER}", **common)
+    return Description(loader=known.loader, **common)
 
 
 def _foreign(checkpoint: Checkpoint, kind: FileKind, common: Mapping[str, Any]) -> Description:
@@ -267,9 +274,16 @@ KNOWN: dict[str, _Known] = {
     "cogvideox-vae": _Known(
         "Load CogVideoX VAE", weights.check_vae, lambda _: "CogVideoX VAE", ("bfloat16", "float32")
     ),
-    "t5-encoder": _Known("Load T5", weights.check_t5, _t5_name, ()),
+    "t5-encoder": _Known(
+        "Load T5", weights.check_t5, _t5_name, (), own_tokenizer=lambda config: config != T5_PRESETS["xxl"]
+    ),
     "phi3": _Known(
-        "Load Phi-3.5", weights.check_phi, _phi_name, ("bfloat16", "float32", "fp8_e4m3fn"), "model.layers."
+        "Load Phi-3.5",
+        weights.check_phi,
+        _phi_name,
+        ("bfloat16", "float32", "fp8_e4m3fn"),
+        "model.layers.",
+        own_tokenizer=lambda _: True,
     ),
     "mimir-fuser": _Known("Load Token Fuser", weights.check_fuser, _fuser_name, ()),
 }

@@ -19,6 +19,7 @@ from torch import Tensor
 PIECE = 16_000_000  # values that are mapped at once where they are copied
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library itself
 OUR_KEYS = ("config", "diffusion", "preview", "training")  # header entries of our own files, JSON each
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model")
 BLOCK, BLOCKS = 65536, 64  # what `fingerprint` reads of a file's tensors: bytes, how many times
 SIZES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
@@ -155,6 +156,11 @@ def _digest(file: Path, digest: Any) -> None:
             digest.update(opened.read(BLOCK))
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer's files."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
 def refusal(path: Path, found: str, wanted: Wanted) -> ValueError:
     """The one sentence: what `path` is, what is needed, and where to get it."""
     return ValueError(f"{path.name} is {found}, but {wanted.name} is needed here: {wanted.remedy}.")
@@ -236,9 +242,10 @@ def _shards(index: Path, wanted: Wanted) -> list[Path]:
     files = sorted({index.parent / name for name in _weight_map(index).values()})
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
-        named = ", ".join(missing[:3]) or "any file"
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        named = f"{', '.join(missing[:3])}{more}, which {'is' if len(missing) == 1 else 'are'} not there"
         raise ValueError(
-            f"{index.parent.name} is a folder whose index names {named}, which is not there, but "
+            f"{index.parent.name} is a folder whose index names {named if missing else 'no file'}, but "
             f"{wanted.name} is needed here: download the missing files."
         )
     return files

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .headers import has_tokenizer
+
 log = logging.getLogger(__name__)
 
 PHI_STOPS = ("<|end|>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>")
@@ -47,7 +49,7 @@ def load_tokenizer(folder: str | Path) -> Any:
             return PreTrainedTokenizerFast(tokenizer_file=str(path))
         if (path / "tokenizer.json").is_file() and not (path / "tokenizer_config.json").is_file():
             return PreTrainedTokenizerFast(tokenizer_file=str(path / "tokenizer.json"))
-        if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "spiece.model")):
+        if not has_tokenizer(path):
             raise ValueError("there is no tokenizer.json, tokenizer.model or spiece.model in it")
         return AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001  tokenizers raises bare Exception on files it cannot read

@@ -56,7 +56,11 @@ TEXT_TO_VIDEO = TRANSFORMER._replace(
     remedy="choose the one for text to video (CogVideoX_5b_bf16.safetensors, or the folder of CogVideoX-2B, "
     "CogVideoX-5B or CogVideoX1.5-5B), or another pack, such as ComfyUI-CogVideoXWrapper, for this file"
 )
-VAE = Wanted("a CogVideoX VAE", "choose the VAE of a CogVideoX model", "vae")
+VAE = Wanted(
+    "a CogVideoX VAE",
+    "choose the VAE of a CogVideoX model, as one file (cogvideox_vae_bf16.safetensors) or its vae folder",
+    "vae",
+)
 T5 = Wanted(
     "a T5 v1.1 encoder",
     "choose t5xxl as fp16, bf16 or fp8 (the one that SD3 and Flux use), or CogVideoX's text_encoder folder; "
@@ -64,7 +68,9 @@ T5 = Wanted(
     "text_encoder",
 )
 PHI = Wanted(
-    "Phi-3.5-mini-instruct", "choose its Hugging Face folder (safetensors, index, config.json, tokenizer)"
+    "Phi-3.5-mini-instruct",
+    "choose its Hugging Face folder (safetensors, index, config.json, tokenizer), or one safetensors file "
+    "with config.json and the tokenizer beside it",
 )
 FUSER = Wanted("a Mimir Token Fuser", "choose a fuser that this pack has trained, or 'untrained (identity)'")
 READABLE = Wanted("one in fp8, fp16 or bf16", "get that version of it")

@@ -114,9 +114,24 @@ def test_phi_of_several_files(tmp_path):
     config = PHI_PRESETS["phi-3.5-mini"].to_dict()
     config["rope_scaling"] = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [2.0] * 48}
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "phi3"}))
+    missing = describe(tmp_path)
+    assert missing.loader is None and (missing.problem or "").startswith(
+        "tokenizer missing: put tokenizer.json"
+    )
+    (tmp_path / "tokenizer.json").write_text("{}")
     found = describe(tmp_path)
-    assert found.line == "Phi-3.5-mini, bf16, 7.6 GB" and "2 files" in found.layout
+    assert found.loader == "Load Phi-3.5" and found.problem is None
+    assert found.line == missing.line == "Phi-3.5-mini, bf16, 7.6 GB" and "2 files" in found.layout
     assert f"{found.memory['fp8_e4m3fn'] / 1e9:.2f}" == "4.02"  # as in the README's table
+
+
+def test_only_t5_of_another_size_needs_its_own_tokenizer(tmp_path):
+    for name, needed in (("xxl", False), ("tiny", True)):
+        file = write(tmp_path / f"{name}.safetensors", t5(T5_PRESETS[name]), "F16")
+        assert (describe(file).problem or "").startswith("tokenizer missing" * needed)
+        assert (describe(file).loader is None) is needed
+    (tmp_path / "spiece.model").write_bytes(b"x")
+    assert describe(tmp_path / "tiny.safetensors").loader == "Load T5"
 
 
 def test_vae_and_its_folder_in_a_whole_model(tmp_path):

@@ -408,6 +408,10 @@ def test_an_index_cannot_reach_outside_its_folder(root, tmp_path):
     index.write_text(json.dumps({"weight_map": {name: "../../secret.safetensors" for name in names}}))
     with pytest.raises(ValueError, match="names secret.safetensors, which is not there"):
         W.read_phi(folder)
+    other = {name: f"{count % 2}.safetensors" for count, name in enumerate(names)}
+    index.write_text(json.dumps({"weight_map": other}))
+    with pytest.raises(ValueError, match="names 0.safetensors, 1.safetensors, which are not there, but"):
+        W.read_phi(folder)
 
 
 @pytest.mark.parametrize("kind", R.KINDS, ids=lambda kind: kind.kind)

@@ -70,6 +70,8 @@ class Kind:
     def read(self, path: Path) -> Source:
         """From the headers. ValueError when it is another model."""
         checked, found = self.check(path), describe(path)
+        if found.problem is not None:
+            raise ValueError(f"{path.name}: {found.problem}")
         return Source(path.name, checked.config, dict(found.memory), found.parameters)
 
 

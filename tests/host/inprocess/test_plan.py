@@ -161,3 +161,15 @@ def test_a_card_in_this_computer_is_asked(monkeypatch):
     (stage,) = host_plan.stages({"vae": source}, settings, host_plan.place_of(host_plan.AUTOMATIC))
     assert stage.on_cpu and stage.weights == 4 * source.parameters
     assert host_plan.place_of("none").cpu and host_plan.place_of("8").machine.card == 8 * 2**30
+
+
+def test_a_model_without_its_tokenizer_is_refused_as_its_loader_does(run_node, tmp_path, monkeypatch):
+    import folder_paths
+
+    (tmp_path / "bare").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "bare" / name).write_bytes((host_plan.TINY / "phi" / name).read_bytes())
+    monkeypatch.setattr(folder_paths, "get_folder_paths", lambda key: [str(tmp_path)])
+    names = dict.fromkeys(PARTS, "none") | {"phi": "bare"}
+    with pytest.raises(ValueError, match="^bare: tokenizer missing: put tokenizer.json"):
+        run_node(MimirPlan, **{**DEFAULTS, **SMALL, **names}, card="none")
