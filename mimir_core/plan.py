@@ -11,6 +11,8 @@ from .memory import GB
 
 PIECE = 0.3 * GB  # what crosses to the card at a time where weights stay in main memory
 
+LARGE = "TOO LARGE "
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -70,7 +72,7 @@ def judge(stage: Stage, machine: Machine) -> Verdict:
     kept = int(_room(work, machine) - PIECE)
     if kept < 0 or not stage.splits:
         missing = (stage.weights if not stage.splits else PIECE) - _room(work, machine)
-        return Verdict(stage, work, stage.weights + work, 0, False, f"TOO LARGE by {_gb(missing)} GB")
+        return Verdict(stage, work, stage.weights + work, 0, False, f"{LARGE}by {_gb(missing)} GB")
     outside = stage.weights - kept
     text = f"partly: {_gb(outside)} GB of its weights stay in main memory, slower"
     return Verdict(stage, work, kept + work + int(PIECE), outside, True, text)
@@ -87,9 +89,12 @@ def main_memory(stages: Sequence[Stage], machine: Machine) -> int:
 
 
 def report(title: str, stages: Sequence[Stage], machine: Machine, basis: str) -> str:
-    """The plan in fixed columns, gigabytes of 10^9 bytes. `basis`: what the figures rest on."""
+    """The verdict in a line, and the plan in fixed columns, gigabytes of 10^9 bytes.
+
+    `basis`: what the figures rest on.
+    """
     verdicts = [judge(stage, machine) for stage in stages]
-    lines = [title, _where(machine), ""]
+    lines = [_verdict(verdicts, main_memory(stages, machine), machine), title, _where(machine), ""]
     lines += [f"{'GB':12}{'weights':>8}{'work':>7}{'peak':>7}"]
     lines += [line for verdict in verdicts for line in _lines(verdict)]
     needed = main_memory(stages, machine)
@@ -99,6 +104,22 @@ def report(title: str, stages: Sequence[Stage], machine: Machine, basis: str) ->
     if cached > 0.1 * GB:
         lines.append(f"  and up to {_gb(cached)} GB of file cache while a file is loaded")
     return "\n".join([*lines, *_advice(verdicts, needed, machine), "", basis])
+
+
+def _verdict(verdicts: Sequence[Verdict], needed: int, machine: Machine) -> str:
+    """Whether a run fits, in one sentence; cards by the size that they are sold with, 2^30 bytes to a GB."""
+    where = f"a card of {round(machine.card / 2**30)} GB" if machine.card else "main memory"
+    large = [f"{found.stage.name} {found.text.removeprefix(LARGE)}" for found in verdicts if not found.fits]
+    if large:
+        return f"Too large for {where}: {', '.join(large).removesuffix(' of main memory')}."
+    outside = [f"{_gb(found.outside)} GB of {found.stage.name}" for found in verdicts if found.outside]
+    ways = [f"{v.stage.name} {v.stage.frugal}" for v in verdicts if v.work != v.stage.work and v.stage.frugal]
+    if needed > machine.ram:
+        return f"Too little main memory: {_gb(needed)} GB are needed, and there are {_gb(machine.ram)}."
+    if outside:
+        stays = f"{' and '.join(outside)} {'stay' if len(outside) > 1 else 'stays'} in main memory"
+        return f"Too large for {where}, but runs, slower: {'; '.join([stays, *ways])}."
+    return f"Fits {where}{': ' * bool(ways)}{'; '.join(ways)}."
 
 
 def _where(machine: Machine) -> str:
@@ -116,7 +137,7 @@ def _in_ram(stage: Stage, machine: Machine) -> Verdict:
     peak = stage.weights + work
     if peak <= room:
         return Verdict(stage, work, peak, 0, True, _frugally("fits in main memory", stage))
-    return Verdict(stage, work, peak, 0, False, f"TOO LARGE by {_gb(peak - room)} GB of main memory")
+    return Verdict(stage, work, peak, 0, False, f"{LARGE}by {_gb(peak - room)} GB of main memory")
 
 
 def _frugally(verb: str, stage: Stage) -> str:

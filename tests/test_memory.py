@@ -181,13 +181,32 @@ def test_main_memory_holds_all_weights_and_the_work_that_is_done_there():
     assert not judge(stages[1], replace(BARE, ram=10 * GB)).fits
 
 
+def test_the_first_line_is_the_verdict():
+    t5 = Stage("T5", "a", 5 * GB, GB)
+    dit = Stage("DiT", "b", 11 * GB, 3 * GB)
+    vae = Stage("VAE Decode", "c", GB, 15 * GB, 4 * GB, "in tiles", splits=False)
+    whole = Stage("VAE Decode", "c", GB, 15 * GB, splits=False)
+    card = replace(CARD, card=12 * 2**30)
+    for stages, machine, line in (
+        ([t5], card, "Fits a card of 12 GB."),
+        ([t5, vae], card, "Fits a card of 12 GB: VAE Decode in tiles."),
+        ([t5, dit, vae], card, "Too large for a card of 12 GB, but runs, slower: 3.3 GB of DiT stays in main "
+         "memory; VAE Decode in tiles."),
+        ([dit, whole], card, "Too large for a card of 12 GB: VAE Decode by 5.0 GB."),
+        ([t5], replace(card, ram=5 * GB), "Too little main memory: 6.0 GB are needed, and there are 5.0."),
+        ([t5], BARE, "Fits main memory."),
+        ([dit], replace(BARE, ram=10 * GB), "Too large for main memory: DiT by 5.0 GB."),
+    ):  # fmt: skip
+        assert report("720 x 480", stages, machine, "Computed.").splitlines()[:2] == [line, "720 x 480"]
+
+
 def test_the_report_is_columns_and_what_to_change():
     stages = [
         Stage("T5", "t5xxl.safetensors", 9 * GB, GB, cached=9 * GB),
         Stage("DiT", "dit", 14 * GB, 3 * GB, advice="fewer frames."),
     ]
     text = report("720 x 480", stages, replace(CARD, ram=8 * GB), "Computed.")
-    lines = text.splitlines()
+    lines = text.splitlines()[1:]
     assert lines[0] == "720 x 480" and "12.0 GB, of which ComfyUI can use 11.4" in lines[1]
     assert lines[3].split() == ["GB", "weights", "work", "peak"]
     assert lines[4].split() == ["T5", "9.0", "1.0", "10.0"] and len(lines[4]) == len(lines[3])
