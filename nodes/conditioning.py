@@ -35,7 +35,10 @@ class MimirSaveConditioning(io.ComfyNode):
                     io.String,
                     "filename_prefix",
                     default="conditioning",
-                    tooltip="Name of the file below ComfyUI/output/mimir; a number is added.",
+                    tooltip=(
+                        "Name of the file below ComfyUI/output/mimir; a number is added. %date:yyyy-MM-dd% "
+                        "becomes the date. It must be a name that Windows can store too."
+                    ),
                 ),
                 widget(
                     io.Combo,

@@ -201,6 +201,14 @@ def test_the_node_reports_and_refuses(folder, base, run_node):
     patched, report = run_node(MimirLoadLora, model=base, lora_name=name, strength=1.0)
     assert report == "matched 19 of 19 modules (rank 4, alpha 6, scale 1.5); unmatched: none"
     assert patched is not base
+    assert load_lora(base, folder / "loras" / name, 0.0)[1].startswith("Strength 0, so it has no effect: ")
+    idle = {
+        name: tensor * ("lora_B" not in name) for name, tensor in load_file(folder / "loras" / name).items()
+    }
+    save_file(idle, folder / "loras" / "idle.safetensors")
+    report = load_lora(base, folder / "loras" / "idle.safetensors", 1.0)[1]
+    (folder / "loras" / "idle.safetensors").unlink()
+    assert report.endswith("it has no effect, since what it adds is all zeros"), report
     before = MimirLoadLora.fingerprint_inputs(lora_name=name, strength=1.0)
     settings = folder / "loras" / "5b" / "adapter_config.json"
     settings.write_text(settings.read_text() + " ")
