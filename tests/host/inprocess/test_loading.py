@@ -145,7 +145,8 @@ def test_a_loader_says_what_it_has_loaded(models, kind):
     [
         ("right/dit", "Node: Load Mimir DiT"),
         ("right/phi", "Node: Load Phi-3.5"),
-        ("t5_alone.safetensors", "Node: Load T5"),
+        ("right/t5", "Node: Load T5"),
+        ("t5_alone.safetensors", "Not usable: tokenizer missing: put tokenizer.json"),
         ("sd15.safetensors", "Not usable: it is a Stable Diffusion"),
         ("text.safetensors", "Not usable: text.safetensors is a text file"),
         ("shards_without_index", "Not usable: .*without their index"),
