@@ -12,8 +12,9 @@ from mimir_core.tiny.captions import STYLES, TRAINING_STYLES, caption
 from mimir_core.tiny.detector import blobs, judge
 from mimir_core.tiny.evaluate import load_prompts, make_prompts, rendered_truth, score
 from mimir_core.tiny.features import draw, invent_words
-from mimir_core.tiny.loop import LoopConfig, orthogonalise, train
+from mimir_core.tiny.loop import LoopConfig, train
 from mimir_core.tiny.world import FRAMES, KINDS, SIZE, Scene, Thing, random_scene, render, stage
+from mimir_core.train.optimiser import orthogonalise
 
 
 def one(motion: str = "still", light: str = "steady") -> Scene:

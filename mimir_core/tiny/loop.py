@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..train.optimiser import Muon
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -38,43 +40,6 @@ class LoopConfig:
     ema: float = 0.0  # decay of the moving average of the weights; 0 switches it off
     save_every: int = 200
     log_every: int = 25
-
-
-def orthogonalise(matrix: Tensor, rounds: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrix, by the quintic Newton-Schulz iteration of Muon (Jordan et al.,
-    2024).
-
-    float32 throughout: the usual bfloat16 form is far slower on a CPU.
-    """
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix
-    x = x / (x.norm() + 1e-7)
-    for _ in range(rounds):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if tall else x
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum, then orthogonalisation, for weights with two or more dimensions (kernels are flattened)."""
-
-    def __init__(
-        self, params: list[nn.Parameter], lr: float, momentum: float = 0.95, decay: float = 0.01
-    ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "decay": decay})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                buffer.lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(buffer, group["momentum"]).flatten(1)
-                rows, columns = update.shape
-                p.mul_(1 - group["lr"] * group["decay"])
-                p.add_(orthogonalise(update).view_as(p), alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
 
 
 class Optimisers:

@@ -41,6 +41,23 @@ VAE = {
 }
 
 
+def scheduler(shift: float) -> Any:
+    """diffusers' DDIM scheduler of CogVideoX, with the published settings and this SNR shift."""
+    from diffusers import CogVideoXDDIMScheduler
+
+    return CogVideoXDDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        rescale_betas_zero_snr=True,
+        snr_shift_scale=shift,
+        timestep_spacing="trailing",
+        set_alpha_to_one=True,
+    )
+
+
 def transformer(**config: Any) -> Any:
     """diffusers' transformer with weights large enough that every layer matters."""
     from diffusers import CogVideoXTransformer3DModel

@@ -68,19 +68,9 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def second_half(reference: Any, shift: float, latent: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """CogVideoXVideoToVideoPipeline at strength 0.5 of 50 steps, for latents as the DiT sees them."""
-    from diffusers import CogVideoXDDIMScheduler, CogVideoXVideoToVideoPipeline
+    from diffusers import CogVideoXVideoToVideoPipeline
 
-    scheduler = CogVideoXDDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        clip_sample=False,
-        rescale_betas_zero_snr=True,
-        snr_shift_scale=shift,
-        timestep_spacing="trailing",
-        set_alpha_to_one=True,
-    )
+    scheduler = references.scheduler(shift)
     scheduler.set_timesteps(50)
     start = scheduler.add_noise(latent, noise, scheduler.timesteps[25:26]).transpose(1, 2)
     pipe = CogVideoXVideoToVideoPipeline(None, None, references.vae(), reference, scheduler)  # type: ignore[arg-type]

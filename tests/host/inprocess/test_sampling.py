@@ -66,19 +66,9 @@ def pipeline(
     reference: Any, shift: float, noise: torch.Tensor, steps: int, dynamic: bool = False
 ) -> torch.Tensor:
     """CogVideoXPipeline's final latents (B, C, T, H, W) for our noise and conditions."""
-    from diffusers import CogVideoXDDIMScheduler, CogVideoXPipeline
+    from diffusers import CogVideoXPipeline
 
-    scheduler = CogVideoXDDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        clip_sample=False,
-        rescale_betas_zero_snr=True,
-        snr_shift_scale=shift,
-        timestep_spacing="trailing",
-        set_alpha_to_one=True,
-    )
+    scheduler = references.scheduler(shift)
     pipe = CogVideoXPipeline(None, None, references.vae(), reference, scheduler)  # type: ignore[arg-type]
     pipe.set_progress_bar_config(disable=True)
     _, _, frames, height, width = noise.shape
