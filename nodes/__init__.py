@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .compare import MimirCompare, MimirCompareFusions
 from .conditioning import MimirLoadConditioning, MimirSaveConditioning
 from .decode import MimirVAEDecode, MimirVAEEncode
 from .encode import MimirPhiEncode, MimirT5Encode
@@ -33,6 +34,8 @@ NODES: list[type[io.ComfyNode]] = [
     MimirVAEEncode,
     MimirSaveConditioning,
     MimirLoadConditioning,
+    MimirCompare,
+    MimirCompareFusions,
 ]
 
 

@@ -10,6 +10,7 @@ MimirTokens = io.Custom("MIMIR_TOKENS")  # mimir_core.tokens.LlmTokens
 MimirFuser = io.Custom("MIMIR_FUSER")  # nodes.host.fuser.Fuser
 
 CATEGORY = "Mimir"
+INSPECT = f"{CATEGORY}/inspect"
 _FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
 
 

@@ -17,6 +17,7 @@ CONTRACT = [
     "MimirLoadLora", "MimirInspectFile", "MimirPlan",
     "MimirT5Encode", "MimirPhiEncode", "MimirTokenFuser", "MimirEmptyLatent", "MimirSampler",
     "MimirVAEDecode", "MimirVAEEncode", "MimirSaveConditioning", "MimirLoadConditioning",
+    "MimirCompare", "MimirCompareFusions",
 ]  # fmt: skip
 
 
