@@ -4,18 +4,23 @@ The figures in the README come from `python -m mimir_core.tiny.evaluate`; here a
 must stay above floors that noise, a swapped file or a broken sampler would fall through.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from mimir_core.config import DIT_PRESETS
 from mimir_core.llm import encode_known, encode_prompt
 from mimir_core.pipeline import Models, condition
+from mimir_core.tiny import dit_train
 from mimir_core.tiny.captions import canonical
 from mimir_core.tiny.detector import judge
-from mimir_core.tiny.dit_train import DitTraining, read_answers
 from mimir_core.tiny.evaluate import ANSWER, generate, load_prompts
-from mimir_core.tiny.features import Features, make_shard
+from mimir_core.tiny.features import make_features
 from mimir_core.tiny.parts import WEIGHTS, load_parts
+from mimir_core.train.cache import Encoders
+from mimir_core.train.features import FeatureSet
+from mimir_core.train.loop import train
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +30,7 @@ def parts() -> Models:
 
 def test_parts_are_complete_and_small(parts):
     assert parts.transformer.config == DIT_PRESETS["tiny"]
-    assert sum(f.stat().st_size for f in WEIGHTS.rglob("*") if f.is_file()) < 12e6
+    assert sum(f.stat().st_size for f in WEIGHTS.rglob("*") if f.is_file()) < 16e6
     assert parts.fuser is not None and parts.fuser.llm_conv.weight.any()
 
 
@@ -35,16 +40,16 @@ def test_language_model_answers_held_words_with_plain_ones(parts):
         encode_prompt(parts.phi, parts.phi_tokenizer, p.captions["held"], max_answer_tokens=32).answer_text
         for p in prompts
     ]
-    right = [answer == canonical(p.scene) for answer, p in zip(answers, prompts, strict=True)]
+    right = [canonical(p.scene) in answer for answer, p in zip(answers, prompts, strict=True)]
     assert sum(right) / len(right) >= 0.9
 
 
 def test_training_features_are_what_the_encoder_gives(parts):
     prompt = load_prompts()[150]
-    text, answer = prompt.captions["seen"], canonical(prompt.scene)
-    (known,) = encode_known(parts.phi, parts.phi_tokenizer, [text], [answer])
+    text = prompt.captions["seen"]
     found = encode_prompt(parts.phi, parts.phi_tokenizer, text, max_answer_tokens=32)
-    assert found.answer_text == answer
+    assert canonical(prompt.scene) in found.answer_text
+    (known,) = encode_known(parts.phi, parts.phi_tokenizer, [text], [found.answer_text])
     torch.testing.assert_close(known.sequence(), found.sequence(), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(known.instruction, found.instruction, atol=1e-4, rtol=1e-4)
 
@@ -76,17 +81,27 @@ def test_fused_condition_has_four_more_tokens(parts):
 
 
 def test_the_recipe_trains_on_the_features_it_writes(parts, tmp_path):
-    """A shard on disk, read back, gives every stage a finite loss, and gradients to what it trains."""
-    make_shard(tmp_path / "0000.safetensors", 0, 0, parts.vae, parts.t5, parts.phi, parts.phi_tokenizer, 2)
-    features = Features.load(tmp_path, 1)
-    assert len(features.latents) == 2 and bool((features.query < features.length).all())
-    null = encode_prompt(parts.phi, parts.phi_tokenizer, "", max_answer_tokens=32)
-    training = DitTraining(features, parts.t5, null, parts.diffusion, seed=0)
-    for stage in (training.baseline, training.mimir, training.trust, training.settle):
-        loss = stage(1)
-        loss.backward()
-        assert torch.isfinite(loss)
-    read_answers(training.model)
-    training.settle(1).backward()
-    dit, fuser = training.model.dit, training.model.fuser
-    assert dit.proj_out.weight.grad.any() and fuser.llm_conv.weight.grad is not None
+    """Two clips on disk, read back, take each run a step; mimir and control start from the baseline's end."""
+    encoders = Encoders(parts.t5, parts.phi, parts.phi_tokenizer, parts.vae)
+    make_features(tmp_path / dit_train.FEATURES, encoders, shards=1, clips=2)
+    features = FeatureSet(tmp_path / dit_train.FEATURES)
+    assert (len(features), features.captions, features.answers) == (2, 2, 2)
+    dit_train.start_dit(tmp_path, parts.diffusion, seed=0)
+    for run in (dit_train.baseline, dit_train.mimir, dit_train.control):
+        config = replace(run(tmp_path, 0), steps=1, batch=2, micro_batch=2)
+        train(config, cpu=True)
+    assert (tmp_path / "mimir" / "fuser.safetensors").is_file()
+    assert not (tmp_path / "control" / "fuser.safetensors").exists()
+
+
+def test_a_caption_has_answers_of_the_same_facts_in_other_words(parts, tmp_path):
+    encoders = Encoders(parts.t5, parts.phi, parts.phi_tokenizer, parts.vae)
+    make_features(tmp_path, encoders, shards=1, clips=4)
+    features = FeatureSet(tmp_path)
+    first, second = (
+        [features.text(clip, caption, answer).answer for clip in features.clips for caption in (0, 1)]
+        for answer in (0, 1)
+    )
+    assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    query = [features.text(features.clips[0], 0, answer).query for answer in (0, 1)]
+    assert torch.equal(*query)

@@ -21,7 +21,7 @@ from mimir_core.phi import Phi3ForCausalLM
 from mimir_core.text import PhiTokenizer, T5Encoder
 from mimir_core.tiny import captions
 from mimir_core.tiny.bpe import train_tokenizers
-from mimir_core.tiny.corpus import Chat, chat, gerund, scene_of, t5_pair, vary
+from mimir_core.tiny.corpus import ANSWERS, Chat, chat, gerund, scene_of, t5_pair, t5_text, vary
 from mimir_core.tiny.text_train import (
     corrupt,
     llm_batch,
@@ -34,30 +34,37 @@ from mimir_core.tiny.text_train import (
 from mimir_core.tiny.world import random_scene
 
 WEIGHTS = Path(mimir_core.tiny.__file__).parent / "weights"
-TABLES = [getattr(captions, f"{name}_WORDS") for name in "COLOUR SHAPE MOTION RELATION LIGHT COUNT".split()]
+KINDS_OF_WORDS = "COLOUR SHAPE MOTION RELATION LIGHT COUNT ORDER".split()
+TABLES = [getattr(captions, f"{name}_WORDS") for name in KINDS_OF_WORDS]
 
 
 def words_only_in(style: int) -> set[str]:
     """Words that occur in the phrases of one style (2 held, 3 unread) and in no simple or seen phrase."""
     phrases = [entry[style] for table in TABLES for entry in table.values()]
     known = [p for table in TABLES for entry in table.values() for p in (entry[0], *entry[1])]
-    words = {word for group in phrases for phrase in group for word in phrase.split()}
-    return words - {word for phrase in known for word in phrase.split()} - {"the", "a", "of", "comes", "on"}
+    words = {word for group in phrases for phrase in group for word in phrase.strip(", ").split()}
+    common = {"the", "a", "of", "comes", "on", "by"}
+    return words - {word for phrase in known for word in phrase.strip(", ").split()} - common
 
 
 # --- what is read -------------------------------------------------------------------------------------------
 
 
-def test_t5_never_reads_held_or_unread_words_and_the_language_model_no_unread_ones():
+def test_both_read_held_words_but_only_the_language_model_is_told_what_they_mean():
     rng = random.Random(0)
-    pairs = " ".join(part for _ in range(5000) for part in t5_pair(rng)).lower()
-    chats = " ".join(chat(rng).prompt for _ in range(8000)).lower()
-    t5_read, llm_read = set(re.findall(r"[a-z0-9]+", pairs)), set(re.findall(r"[a-z0-9]+", chats))
+    told, gaps, chats = (
+        set(re.findall(r"[a-z0-9]+", " ".join(texts).lower()))
+        for texts in (
+            [part for _ in range(5000) for part in t5_pair(rng)],
+            [t5_text(rng) for _ in range(8000)],
+            [chat(rng).prompt for _ in range(8000)],
+        )
+    )
     held, unread = words_only_in(2), words_only_in(3)
     assert len(held) > 25 and len(unread) > 15
-    assert not t5_read & (held | unread)
-    assert not llm_read & unread
-    assert len(llm_read & held) == len(held - {"higher", "lower"}) + len(llm_read & {"higher", "lower"})
+    assert not told & held  # T5's pairs of a caption and its simple form
+    assert not (told | gaps | chats) & unread
+    assert held <= gaps and held <= chats
 
 
 def test_held_out_scenes_are_never_read():
@@ -71,7 +78,11 @@ def test_chats_teach_every_instruction_and_the_simple_caption():
     assert {c.instruction for c in chats} == {None, *DEFAULT_INSTRUCTIONS}
     plain = [c for c in chats if c.instruction is None]
     assert 0.55 < len(plain) / 500 < 0.75
-    assert all(c.answer.startswith(("a ", "an ", "two ", "three ")) for c in plain)
+    facts = re.compile(r"\b(an?|two|three) (red|yellow|green|cyan|blue|purple) (circle|square|triangle)")
+    words = [c for c in plain if not facts.search(c.answer)]
+    assert words and all(any(c.prompt.endswith(end) for end in "?") or ": " in c.prompt for c in words)
+    frames = {facts.split(c.answer)[0] for c in plain if c not in words}
+    assert len(frames) == len(ANSWERS) - 1  # with and without a full stop begin alike
 
 
 def test_variations_keep_the_meaning():
@@ -226,9 +237,8 @@ def test_shipped_language_model_answers_what_it_has_read_about(phi):
     rates = llm_exact(phi[0], Tokenizer.from_file(str(WEIGHTS / "phi" / "tokenizer.json")), count=100)
     assert min(rates[style] for style in ("simple", "seen", "held", "long")) >= 0.95, rates
     assert min(rates[f"instruction {i}"] for i in (1, 2, 3, 4)) >= 0.95, rates
-    assert rates["unread"] <= 0.2, (
-        rates
-    )  # words that nobody knows must stay unknown, or the class is no class
+    # words that nobody knows must stay unknown, or the class is no class
+    assert rates["unread"] <= 0.2, rates
 
 
 @pytest.mark.parametrize(
@@ -237,6 +247,7 @@ def test_shipped_language_model_answers_what_it_has_read_about(phi):
         ("A ruby orb heading leftward.", "a red circle moves left"),
         ("a red circle moves left above a blue square", "a red circle moves left above a blue square"),
         ("a blue square moves left above a red circle", "a blue square moves left above a red circle"),
+        ("a jade orb materialises, succeeded by a plum orb", "a green circle appears, then a purple circle"),
         ("three emerald balls", "three green circles"),
         ("a cobalt tile, the sun comes up", "a blue square, night turns to day"),
     ],
@@ -244,8 +255,8 @@ def test_shipped_language_model_answers_what_it_has_read_about(phi):
 def test_shipped_language_model_generates(phi, prompt, answer):
     model, tokenizer = phi
     found = encode_prompt(model, tokenizer, prompt, max_answer_tokens=40)
-    assert found.answer_text == answer
-    known = encode_known(model, tokenizer, [prompt], [answer])[0]
+    assert answer in found.answer_text
+    known = encode_known(model, tokenizer, [prompt], [found.answer_text])[0]
     assert found.pieces == known.pieces
     for name in ("query", "answer", "instruction"):
         assert torch.allclose(getattr(found, name), getattr(known, name), atol=1e-4)

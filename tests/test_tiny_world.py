@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from mimir_core.tiny.captions import STYLES, TRAINING_STYLES, caption
+from mimir_core.tiny.corpus import WIDE_WORDS
 from mimir_core.tiny.detector import blobs, judge
 from mimir_core.tiny.evaluate import load_prompts, make_prompts, rendered_truth, score
-from mimir_core.tiny.features import draw, invent_words
+from mimir_core.tiny.features import doubtful, draw, invent_words
 from mimir_core.tiny.loop import LoopConfig, train
-from mimir_core.tiny.world import FRAMES, KINDS, SIZE, Scene, Thing, random_scene, render, stage
+from mimir_core.tiny.world import COLOURS, FRAMES, KINDS, SIZE, Scene, Thing, random_scene, render, stage
 from mimir_core.train.optimiser import orthogonalise
 
 
@@ -27,6 +28,10 @@ def alike(count: int) -> Scene:
 
 def pair(relation: str) -> Scene:
     return Scene("relation", (Thing("circle", "red"), Thing("square", "blue")), relation=relation)
+
+
+def order(*colours: str) -> Scene:
+    return Scene("order", tuple(Thing("circle", colour, "appears") for colour in colours))
 
 
 def clip(scene: Scene, seed: int = 0) -> torch.Tensor:
@@ -57,12 +62,21 @@ def test_detector_reads_what_was_rendered():
         (one(), Scene("one", (Thing("square", "red"),)), {"shape"}),
         (one(light="day to night"), one(light="night to day"), {"light"}),
         (alike(3), alike(2), {"count", "shape"}),
+        (order("red", "blue"), order("blue", "red"), {"order"}),
+        (order("red", "blue"), order("red", "green"), {"colour", "binding", "order"}),
         (pair("above"), pair("below"), {"relation"}),
     ],
 )  # fmt: skip
 def test_detector_names_what_is_wrong(shown: Scene, said: Scene, wrong: set[str]):
     verdict = judge(clip(shown), said)
     assert {name for name, right in verdict.items() if not right} == wrong | {"all"}
+
+
+def test_binding_is_which_shape_has_which_colour():
+    """Both colours and both shapes are there, only swapped."""
+    swapped = Scene("relation", (Thing("square", "red"), Thing("circle", "blue")), relation="above")
+    verdict = judge(clip(pair("above")), swapped)
+    assert verdict["colour"] and verdict["shape"] and not verdict["binding"] and not verdict["all"]
 
 
 def test_detector_sees_nothing_in_grey_noise():
@@ -104,15 +118,26 @@ def test_held_and_unread_words_never_caption_a_training_video():
         "comes",
         "up",
         "sets",
+        "by",
     }
 
 
 def test_features_of_a_shard_are_drawn_from_its_number_alone():
-    stagings, texts, answers = draw(0, 3, clips=20)
-    assert (stagings, texts, answers) == draw(0, 3, clips=20)
-    assert texts != draw(0, 4, clips=20)[1]
-    assert len(texts) == len(answers) == 40
-    assert not any(s.scene.held_out for s in stagings)
+    drawn = draw(0, 3, clips=20)
+    assert drawn == draw(0, 3, clips=20)
+    assert drawn.captions != draw(0, 4, clips=20).captions
+    assert len(drawn.captions) == len(drawn.doubtful) == len(drawn.answers) == 40
+    assert not any(s.scene.held_out for s in drawn.stagings)
+
+
+def test_doubtful_readings_tell_nothing_that_training_captions_could_explain():
+    """Half are invented words, half other scenes in words that no video is captioned with."""
+    rng = random.Random(2)
+    read = [doubtful("a red circle moves left", "one", rng) for _ in range(400)]
+    phrases = [phrase for colour in COLOURS for phrase in WIDE_WORDS[colour]]
+    other = [text for text in read if any(phrase in text for phrase in phrases)]
+    assert 0.4 < len(other) / len(read) < 0.6
+    assert not any(word in text for text in other for word in ("crimson", "scarlet", "disc", "ball"))
 
 
 def test_invented_words_replace_words_and_nothing_else():
@@ -128,7 +153,7 @@ def test_invented_words_replace_words_and_nothing_else():
 def test_prompts_are_fixed_and_the_detector_scores_their_truth():
     prompts = load_prompts()
     assert prompts == make_prompts()
-    assert len(prompts) == 200 and all(p.scene.held_out for p in prompts)
+    assert len(prompts) == 400 and all(p.scene.held_out for p in prompts)
     assert min(score(prompts, rendered_truth(prompts)).values()) >= 0.98
 
 

@@ -80,6 +80,9 @@ LIGHT_WORDS: Words = {
         ("the aurora kindles",),
     ),
 }
+ORDER_WORDS: Words = {
+    "then": (", then", (", followed by", ", and later"), (", succeeded by", " preceding"), (", anon",)),
+}
 COUNT_WORDS: Words = {
     "2": ("two", ("2", "a pair of"), ("a couple of", "twin"), ("a brace of",)),
     "3": ("three", ("3", "a trio of"), ("a triad of", "triple"), ("a ternion of",)),
@@ -110,11 +113,10 @@ def instruction_answers(scene: Scene) -> tuple[str, str, str, str]:
         number = {1: "one ", 2: "two ", 3: "three "}[scene.count] + plural(things[0].shape, scene.count)
     colours = " and ".join(f"{t.shape} {t.colour}" for t in things)
     relation = f"{things[0].shape} {scene.relation} {things[1].shape}" if scene.relation else "none"
-    motion = (
-        things[0].motion
-        if things[0].motion in ("still", "appears", "disappears")
-        else f"moves {things[0].motion}"
-    )
+    first = things[0].motion
+    motion = first if first in ("still", "appears", "disappears") else f"moves {first}"
+    if scene.kind == "order":
+        motion = f"{things[0].shape} appears, then {things[1].shape}"
     return number, colours, relation, f"{motion}, {scene.light}"
 
 
@@ -155,11 +157,17 @@ def _sentence(scene: Scene, style: str, rng: random.Random) -> str:
     if first.motion != "still":
         text += " " + conjugate(_pick(MOTION_WORDS, first.motion, style, rng), scene.count)
     if len(scene.things) == 2:
-        link = _pick(RELATION_WORDS, scene.relation, style, rng) if scene.relation else "and"
-        text += f" {link} {_noun(scene.things[1], 1, style, rng)}"
+        text += f"{_link(scene, style, rng)} {_noun(scene.things[1], 1, style, rng)}"
     if scene.light != "steady":
         text += ", " + _pick(LIGHT_WORDS, scene.light, style, rng)
     return text
+
+
+def _link(scene: Scene, style: str, rng: random.Random) -> str:
+    """What stands between two things, with the space or comma before it."""
+    if scene.kind == "order":
+        return _pick(ORDER_WORDS, "then", style, rng)
+    return " " + (_pick(RELATION_WORDS, scene.relation, style, rng) if scene.relation else "and")
 
 
 _OPENINGS = ("The video shows", "We see", "In this clip there is", "On a plain grey background there is")
@@ -171,24 +179,36 @@ def _long(scene: Scene, rng: random.Random) -> str:
     style = rng.choice(("simple", "seen"))
     first = scene.things[0]
     parts = [f"{rng.choice(_OPENINGS)} {_noun(first, scene.count, style, rng)}."]
-    subject = "It" if scene.count == 1 else "They"
     if len(scene.things) == 2:
-        second = _noun(scene.things[1], 1, style, rng)
-        link = (
-            f"It is {_pick(RELATION_WORDS, scene.relation, style, rng)}"
-            if scene.relation
-            else "Next to it there is"
-        )
-        parts.append(f"{link} {second}.")
-    if first.motion != "still":
-        verb = conjugate(_pick(MOTION_WORDS, first.motion, style, rng), scene.count)
-        if len(scene.things) == 2:
-            subject = f"The {_pick(SHAPE_WORDS, first.shape, style, rng)}"
-        parts.append(f"{subject} {verb}.")
-    elif rng.random() < 0.5:
-        parts.append(rng.choice(_STILL))
+        parts.append(_second(scene, style, rng))
+    if scene.kind != "order":
+        parts += _movement(scene, style, rng)
     if scene.light != "steady":
         light = _pick(LIGHT_WORDS, scene.light, style, rng)
         parts.append(f"{light[0].upper()}{light[1:]}.")
     parts.append(rng.choice(_CLOSINGS))
     return " ".join(p for p in parts if p)
+
+
+def _second(scene: Scene, style: str, rng: random.Random) -> str:
+    """A sentence about the second thing."""
+    second = _noun(scene.things[1], 1, style, rng)
+    if scene.kind == "order":
+        verb = _pick(MOTION_WORDS, "appears", style, rng)
+        return f"It {verb} first. {rng.choice(('After it', 'Then'))} {second} {verb}."
+    if scene.relation:
+        return f"It is {_pick(RELATION_WORDS, scene.relation, style, rng)} {second}."
+    return f"Next to it there is {second}."
+
+
+def _movement(scene: Scene, style: str, rng: random.Random) -> list[str]:
+    """A sentence about how the first thing moves, or perhaps that nothing does."""
+    first = scene.things[0]
+    if first.motion == "still":
+        return [rng.choice(_STILL)] if rng.random() < 0.5 else []
+    verb = conjugate(_pick(MOTION_WORDS, first.motion, style, rng), scene.count)
+    subject = "It" if scene.count == 1 else "They"
+    if len(scene.things) == 2:
+        colour = _pick(COLOUR_WORDS, first.colour, style, rng)
+        subject = f"The {colour} {_pick(SHAPE_WORDS, first.shape, style, rng)}"
+    return [f"{subject} {verb}."]

@@ -1,15 +1,19 @@
 """What the two text models of Mimir Tiny read: captions for T5, chats for the language model.
 
-T5 reads captions in the styles that videos have (simple, seen, long) and nothing else. The language model
-also reads the held words, and a wide list of further words that people may type; it answers every caption
-of a scene with the scene's one simple caption, and each of the four default instructions with a few
-words. Nobody reads the unread words. No scene of the tenth that is kept for tests is ever used here.
+Both read captions of every style: simple, seen and long ones as videos have them, held words, and a wide list
+of further words that people may type. T5 learns from them as T5 does, by filling gaps, and learns order and
+meaning from turning the captions that videos have into simple ones. The language model learns as a chat model
+does: it answers every caption of a scene with the scene's simple caption in changing wording, each of the
+four default instructions with a few words, and questions about single words. So both know every word from
+text, and only the language model has ever been asked what the held ones mean. Nobody reads the unread words.
+No scene of the tenth that is kept for tests is ever used here.
 """
 
 from __future__ import annotations
 
 import random
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 from ..config import DEFAULT_INSTRUCTIONS
@@ -18,6 +22,7 @@ from .captions import (
     COUNT_WORDS,
     LIGHT_WORDS,
     MOTION_WORDS,
+    ORDER_WORDS,
     RELATION_WORDS,
     SHAPE_WORDS,
     TRAINING_STYLES,
@@ -62,6 +67,7 @@ WIDE_WORDS: dict[str, tuple[str, ...]] = {
     ),
     "2": ("a couple", "2 identical", "double"),
     "3": ("three identical", "3 of the same"),
+    "then": (" and then", ", after that", ", subsequently", ", next"),
 }
 
 # Ordinary words, so that the tokenizers have pieces for more than captions.
@@ -87,6 +93,14 @@ holding looking smiling moving
 """
 
 
+READ_STYLES = {"simple": 2, "seen": 3, "held": 5, "long": 3, "wide": 3}  # and how often
+ANSWERS = ("{}", "{}.", "the video: {}.", "you see: {}", "in short: {}", "it shows this: {}")
+_ASKED = (
+    (COLOUR_WORDS, "colour"), (SHAPE_WORDS, "shape"), (MOTION_WORDS, "motion"), (RELATION_WORDS, "place"),
+    (LIGHT_WORDS, "light"), (COUNT_WORDS, "number"), (ORDER_WORDS, "order"),
+)  # fmt: skip
+
+
 class Chat(NamedTuple):
     """One turn of the language model's training text."""
 
@@ -97,43 +111,74 @@ class Chat(NamedTuple):
 
 def scene_of(rng: random.Random) -> Scene:
     """A training scene, every kind equally likely enough for text (videos draw other shares)."""
-    return random_scene(rng, rng.choice(("one", "light", "count", "pair", "relation", "relation")))
+    return random_scene(rng, rng.choice(("one", "light", "count", "pair", "relation", "relation", "order")))
+
+
+def any_caption(rng: random.Random, styles: dict[str, int]) -> tuple[str, Scene]:
+    """A caption as people write it, in one of the weighted styles, and its scene."""
+    scene = scene_of(rng)
+    style = rng.choices(list(styles), weights=list(styles.values()))[0]
+    text = wide_caption(scene, rng) if style == "wide" else caption(scene, style, rng)
+    return vary(text, rng), scene
 
 
 def t5_pair(rng: random.Random) -> tuple[str, str]:
-    """(a caption of a training style, varied; the scene's simple caption)."""
-    scene = scene_of(rng)
-    text = caption(scene, rng.choice(TRAINING_STYLES), rng)
-    return vary(text, rng), canonical(scene)
+    """(a caption as videos have it, the scene's simple caption)."""
+    text, scene = any_caption(rng, dict.fromkeys(TRAINING_STYLES, 1))
+    return text, canonical(scene)
+
+
+def t5_text(rng: random.Random) -> str:
+    """A caption of any style but unread, to fill gaps in."""
+    return any_caption(rng, READ_STYLES)[0]
 
 
 def chat(rng: random.Random) -> Chat:
-    """A caption in any style but unread; answered with the simple caption (2 of 3), or to one instruction."""
-    scene = scene_of(rng)
-    style = rng.choices(("simple", "seen", "held", "long", "wide"), weights=(2, 3, 5, 3, 3))[0]
-    text = wide_caption(scene, rng) if style == "wide" else caption(scene, style, rng)
-    prompt = vary(text, rng)
-    if rng.random() < 0.65:
-        return Chat(prompt, None, canonical(scene))
+    """A caption of any style but unread with the model's answer to it, or to an instruction; or a question
+    about a word.
+    """
+    chance = rng.random()
+    if chance < 0.08:
+        return word_question(rng)
+    prompt, scene = any_caption(rng, READ_STYLES)
+    if chance < 0.65:
+        return Chat(prompt, None, answer(scene, rng))
     index = rng.randrange(len(DEFAULT_INSTRUCTIONS))
     return Chat(prompt, DEFAULT_INSTRUCTIONS[index], instruction_answers(scene)[index])
 
 
-def wide_caption(scene: Scene, rng: random.Random) -> str:
-    """Like a simple caption, but each word from any list that the language model may read."""
+def answer(scene: Scene, rng: random.Random) -> str:
+    """What the language model says about a scene: always the same facts, not always the same words."""
+    return rng.choice(ANSWERS).format(canonical(scene))
+
+
+def word_question(rng: random.Random) -> Chat:
+    """What a word means, the way a dictionary or a child would ask."""
+    words, kind = rng.choice(_ASKED)
+    key = rng.choice(list(words))
+    simple, seen, held, _ = words[key]
+    word = rng.choice((*seen, *held, *WIDE_WORDS[key])).strip(", ")
+    question = rng.choice(("what {} is {}?", "which {} does {} mean?", "{}: {}?")).format(kind, word)
+    return Chat(question, None, simple.strip(", "))
+
+
+def wide_caption(scene: Scene, rng: random.Random, plain: bool = True) -> str:
+    """Like a simple caption, but each word from any list that both text models read; with `plain` False from
+    WIDE_WORDS alone, which no video is captioned with.
+    """
+
+    def pick(words: Words, key: str) -> str:
+        simple, seen, held, _ = words[key]
+        return rng.choice((simple, *seen, *held, *WIDE_WORDS[key]) if plain else WIDE_WORDS[key])
+
     first = scene.things[0]
-    text = _wide_noun(first, scene.count, rng)
+    text = _wide_noun(first, scene.count, pick)
     if first.motion != "still":
-        text += " " + conjugate(_wide(MOTION_WORDS, first.motion, rng), scene.count)
+        text += " " + conjugate(pick(MOTION_WORDS, first.motion), scene.count)
     if len(scene.things) == 2:
-        link = (
-            _wide(RELATION_WORDS, scene.relation, rng)
-            if scene.relation
-            else rng.choice(("and", "next to", "with"))
-        )
-        text += f" {link} {_wide_noun(scene.things[1], 1, rng)}"
+        text += f"{_wide_link(scene, rng, pick)} {_wide_noun(scene.things[1], 1, pick)}"
     if scene.light != "steady":
-        light = _wide(LIGHT_WORDS, scene.light, rng)
+        light = pick(LIGHT_WORDS, scene.light)
         text = (
             f"{light}, {text}"
             if rng.random() < 0.3
@@ -142,14 +187,17 @@ def wide_caption(scene: Scene, rng: random.Random) -> str:
     return text
 
 
-def _wide_noun(thing: Thing, count: int, rng: random.Random) -> str:
-    phrase = f"{_wide(COLOUR_WORDS, thing.colour, rng)} {plural(_wide(SHAPE_WORDS, thing.shape, rng), count)}"
-    return article(phrase) if count == 1 else f"{_wide(COUNT_WORDS, str(count), rng)} {phrase}"
+def _wide_noun(thing: Thing, count: int, pick: Callable[[Words, str], str]) -> str:
+    phrase = f"{pick(COLOUR_WORDS, thing.colour)} {plural(pick(SHAPE_WORDS, thing.shape), count)}"
+    return article(phrase) if count == 1 else f"{pick(COUNT_WORDS, str(count))} {phrase}"
 
 
-def _wide(words: Words, key: str, rng: random.Random) -> str:
-    simple, seen, held, _ = words[key]
-    return rng.choice((simple, *seen, *held, *WIDE_WORDS[key]))
+def _wide_link(scene: Scene, rng: random.Random, pick: Callable[[Words, str], str]) -> str:
+    if scene.kind == "order":
+        return pick(ORDER_WORDS, "then")
+    if scene.relation:
+        return " " + pick(RELATION_WORDS, scene.relation)
+    return rng.choice((" and", " next to", " with"))
 
 
 # --- how people write the same thing ------------------------------------------------------------------------
@@ -196,6 +244,6 @@ def tokenizer_text(for_llm: bool, seed: int = 0, lines: int = 6000) -> list[str]
     rng = random.Random(f"tokenizer:{seed}")
     generic = [" " + word for word in GENERIC_TEXT.split() for _ in range(4)]
     if not for_llm:
-        return [part for _ in range(lines) for part in t5_pair(rng)] + generic
+        return [part for _ in range(lines) for part in (*t5_pair(rng), t5_text(rng))] + generic
     chats = [chat(rng) for _ in range(lines)]
     return [part for turn in chats for part in turn if part] + generic

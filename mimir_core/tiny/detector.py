@@ -97,8 +97,9 @@ def _shape(mask: np.ndarray) -> str:
 def judge(video: Tensor, scene: Scene) -> dict[str, bool]:
     """Compares a clip (3, F, H, W) in -1..1 with what its caption says.
 
-    Returns only what the caption speaks of: 'colour' and 'shape' (of every thing), 'count', 'motion',
-    'relation', 'light', and 'all' (everything above right).
+    Returns only what the caption speaks of: 'colour' and 'shape' (of every thing), 'binding' (which shape of
+    two has which colour), 'count', 'motion', 'relation', 'order' (which of two appears first), 'light', and
+    'all' (everything above right).
     """
     frames = ((video.float() + 1) / 2).clamp(0, 1).permute(1, 2, 3, 0).cpu().numpy()  # (F, H, W, 3)
     seen = [blobs(f) for f in frames]
@@ -111,8 +112,13 @@ def judge(video: Tensor, scene: Scene) -> dict[str, bool]:
         "motion": _motion(seen, scene.things[0].colour) == scene.things[0].motion,
         "light": _light(frames) == scene.light,
     }
-    if scene.kind in ("count", "pair", "relation"):
+    if len(wanted) > 1:
         verdict["count"] = len(shown) == len(wanted)
+    if len(scene.things) == 2:
+        pairs = [sorted((thing.colour, thing.shape) for thing in part) for part in (shown, wanted)]
+        verdict["binding"] = pairs[0] == pairs[1]
+    if scene.kind == "order":
+        verdict["order"] = _order(seen, scene)
     if scene.relation is not None:
         verdict["relation"] = _relation(seen, scene)
     verdict["all"] = all(verdict.values())
@@ -153,6 +159,16 @@ def _relation(seen: list[list[Blob]], scene: Scene) -> bool:
     dx, dy = a[0] - b[0], a[1] - b[1]
     side = ("left of" if dx < 0 else "right of") if abs(dx) >= abs(dy) else ("above" if dy < 0 else "below")
     return side == scene.relation
+
+
+def _order(seen: list[list[Blob]], scene: Scene) -> bool:
+    """The first thing is in the picture two frames or more before the second, and both are at the end."""
+    first, second = (
+        [f for f, found in enumerate(seen) if _centre(found, thing.colour) is not None]
+        for thing in scene.things
+    )
+    stays = bool(first and second) and first[-1] == second[-1] == len(seen) - 1
+    return stays and second[0] - first[0] >= 2
 
 
 def _light(frames: np.ndarray) -> str:

@@ -2,9 +2,9 @@
 rendered.
 
 A scene is what a caption can say: one to three flat shapes, their colours and motion, a relation between two
-of them, and how the light changes. A staging adds what a caption leaves open (places, sizes, background
-greys). Ten per cent of all attribute combinations are kept out of every training set; they are the test
-prompts.
+of them, which of two comes first, and how the light changes. A staging adds what a caption leaves open
+(places, sizes, background greys). Ten per cent of all attribute combinations are kept out of every training
+set; they are the test prompts.
 
 Letters: B clips, N objects (3, unused ones are invisible), F frames (9), H = W = 64 pixels.
 """
@@ -34,7 +34,8 @@ SHAPES = ("circle", "square", "triangle")
 MOTIONS = ("still", "left", "right", "up", "down", "appears", "disappears")
 RELATIONS = ("left of", "right of", "above", "below")
 LIGHTS = ("steady", "day to night", "night to day")
-KINDS = ("one", "light", "count", "pair", "relation")
+KINDS = ("one", "light", "count", "pair", "relation", "order")
+_SHARES = (24, 12, 28, 6, 20, 10)  # of the kinds in training videos
 
 _DIRECTION = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 _OPPOSITE = {"left": (1.0, 0.0), "right": (-1.0, 0.0), "up": (0.0, 1.0), "down": (0.0, -1.0)}
@@ -55,8 +56,8 @@ class Thing:
 class Scene:
     """What a caption can say.
 
-    `count` copies of `things[0]` when there is one thing; two things when they stand in a `relation` or side
-    by side ("pair", relation None).
+    `count` copies of `things[0]` when there is one thing; two things when they stand in a `relation`, side by
+    side ("pair", relation None), or appear one after the other ("order", the first one first).
     """
 
     kind: str
@@ -94,7 +95,7 @@ class Staging:
 
 def random_scene(rng: random.Random, kind: str | None = None, held_out: bool = False) -> Scene:
     """Draws a scene of `kind` (any kind when None) from the training or the held-out combinations."""
-    kind = kind or rng.choices(KINDS, weights=(30, 14, 18, 8, 30))[0]
+    kind = kind or rng.choices(KINDS, weights=_SHARES)[0]
     while True:
         scene = _draw(rng, kind)
         if scene.held_out == held_out:
@@ -114,7 +115,10 @@ def _draw(rng: random.Random, kind: str) -> Scene:
     other = rng.choice([c for c in COLOURS if c != first.colour])
     second = Thing(rng.choice(SHAPES), other)
     if kind == "pair":
-        return Scene(kind, (first, second), relation=None)
+        return Scene(kind, (first, second))
+    if kind == "order":
+        appearing = [Thing(thing.shape, thing.colour, "appears") for thing in (first, second)]
+        return Scene(kind, tuple(appearing))
     relation = rng.choice(RELATIONS)
     across = ("left", "right") if relation in ("above", "below") else ("up", "down")
     motion = rng.choice(("still", *across))
@@ -240,10 +244,19 @@ def _light_curve(light: str) -> list[float]:
     return fall if light == "day to night" else fall[::-1]
 
 
-def _presence(motion: str) -> list[float]:
-    """Opacity per frame: a shape appears (or disappears) over the middle three frames."""
-    rise = [min(1.0, max(0.0, (f - 2) / 3)) for f in range(FRAMES)]
+def _presence(scene: Scene, n: int) -> list[float]:
+    """Opacity of object n per frame: it appears (or disappears) over the middle three frames; one after the
+    other, the first over frames 0 to 2 and the second over 4 to 6.
+    """
+    if scene.kind == "order":
+        return _rise(4 * n, 2)
+    rise = _rise(2, 3)
+    motion = scene.things[n if n < len(scene.things) else 0].motion
     return {"appears": rise, "disappears": rise[::-1]}.get(motion, [1.0] * FRAMES)
+
+
+def _rise(start: int, frames: int) -> list[float]:
+    return [min(1.0, max(0.0, (f - start) / frames)) for f in range(FRAMES)]
 
 
 def _background(stagings: list[Staging]) -> Tensor:
@@ -266,7 +279,7 @@ def _cover(stagings: list[Staging], n: int) -> Tensor:
     centre = start[:, None] + time * (end - start)[:, None]  # (B, F, 2)
     opacity = torch.tensor(
         [
-            _presence(_thing(s, n).motion) if ok else [0.0] * FRAMES
+            _presence(s.scene, n) if ok else [0.0] * FRAMES
             for s, ok in zip(stagings, there, strict=True)
         ]
     )  # (B, F)
