@@ -87,10 +87,10 @@ def test_the_recipe_trains_on_the_features_it_writes(parts, tmp_path):
     features = FeatureSet(tmp_path / dit_train.FEATURES)
     assert (len(features), features.captions, features.answers) == (2, 2, 2)
     dit_train.start_dit(tmp_path, parts.diffusion, seed=0)
-    for run in (dit_train.baseline, dit_train.mimir, dit_train.control):
+    for run in (dit_train.baseline, dit_train.mimir, dit_train.polish, dit_train.treated, dit_train.control):
         config = replace(run(tmp_path, 0), steps=1, batch=2, micro_batch=2)
         train(config, cpu=True)
-    assert (tmp_path / "mimir" / "fuser.safetensors").is_file()
+    assert (tmp_path / "polish" / "fuser.safetensors").is_file()
     assert not (tmp_path / "control" / "fuser.safetensors").exists()
 
 

@@ -1,11 +1,12 @@
-"""The DiT and the Token Fuser of Mimir Tiny: three runs of the ordinary trainer (mimir_core.train).
+"""The DiT and the Token Fuser of Mimir Tiny: runs of the ordinary trainer (mimir_core.train).
 
 baseline  the DiT on T5's tokens alone
 mimir     from there: the fuser joins at its identity initialisation, and both train. In a fifth of the steps
           the fuser is switched off, so that one set of weights serves both conditions and comparing them is
           fair.
-control   from there as well, as long and on the same clips: T5's tokens alone. It shows what training on
-          would have brought without the language model.
+polish    more of the same with less doubt and smaller steps, for counts and shapes; this is what is shipped
+control   two short runs from the baseline, alike but for the language model: the same steps, rates and clips,
+          T5's tokens alone (`control`) or fused (`treated`). They show what the language model is worth.
 
 Two things are not in the paper and were needed here. T5 understands every training caption by itself, so
 nothing teaches the DiT whom to believe when the two readings disagree: without doubt the fused model followed
@@ -27,7 +28,7 @@ from ..config import DIT_PRESETS, DiffusionConfig
 from ..dit import CogVideoXTransformer
 from ..train.config import TrainConfig
 
-BASELINE_STEPS, MIMIR_STEPS = 4000, 9000
+BASELINE_STEPS, MIMIR_STEPS, POLISH_STEPS, CONTROL_STEPS = 4000, 9000, 4500, 2000
 FEATURES, START = "features", "start.safetensors"
 
 
@@ -59,5 +60,18 @@ def mimir(folder: Path, seed: int) -> TrainConfig:
     )  # fmt: skip
 
 
+def polish(folder: Path, seed: int) -> TrainConfig:
+    start = folder / "mimir"
+    return replace(
+        mimir(folder, seed), run=str(folder / "polish"), base=str(start / "transformer.safetensors"),
+        fuser=str(start / "fuser.safetensors"), seed=seed + 1, steps=POLISH_STEPS, rate_new=0.008,
+        rate_vectors=1.5e-3, doubt=0.35, warmup=50, decay_from=0.3,
+    )  # fmt: skip
+
+
+def treated(folder: Path, seed: int) -> TrainConfig:
+    return replace(mimir(folder, seed), run=str(folder / "treated"), steps=CONTROL_STEPS, alone=0.0)
+
+
 def control(folder: Path, seed: int) -> TrainConfig:
-    return replace(mimir(folder, seed), run=str(folder / "control"), train="dit", alone=0.0)
+    return replace(treated(folder, seed), run=str(folder / "control"), train="dit")

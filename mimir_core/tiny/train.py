@@ -7,7 +7,8 @@ Stages, each resumed where it stopped when the same command is run again:
     features  latents and tokens of 16,000 captioned clips
     baseline  the DiT on T5's tokens
     mimir     the DiT and the Token Fuser, from the baseline
-    control   the DiT alone, from the baseline: what to compare with
+    polish    both, more slowly
+    control   two short runs from the baseline, with and without the language model: what to compare
     export    writes the parts as float16 safetensors
 
 One thread per process is fastest on a CPU with few cores; processes may work on different stages, or on
@@ -79,7 +80,11 @@ class Recipe:
     def mimir(self) -> None:
         self._train(dit_train.mimir)
 
+    def polish(self) -> None:
+        self._train(dit_train.polish)
+
     def control(self) -> None:
+        self._train(dit_train.treated)
         self._train(dit_train.control)
 
     def export(self, target: Path = WEIGHTS) -> None:
@@ -89,7 +94,7 @@ class Recipe:
         for name in ("t5", "phi"):
             shutil.copytree(self.folder / "text" / name, target / name, dirs_exist_ok=True)
         weights.save_vae(target / "vae.safetensors", self._vae_config(), vae.state_dict(), half)
-        run = self.folder / "mimir"
+        run = self.folder / "polish"
         dit = weights.read_transformer(run / "transformer.safetensors")
         preview = preview_factors(vae, dit.diffusion.latent_scale, self.seed)
         weights.save_transformer(
@@ -149,7 +154,7 @@ def _origin(path: Path) -> dict[str, str]:
     return {"file": path.name, "fingerprint": fingerprint(path)}
 
 
-STAGES = ("text", "vae", "features", "baseline", "mimir", "control", "export")
+STAGES = ("text", "vae", "features", "baseline", "mimir", "polish", "control", "export")
 
 
 def main() -> None:
