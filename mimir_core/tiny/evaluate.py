@@ -1,8 +1,8 @@
 """Measures Mimir Tiny with the exact detector: `python -m mimir_core.tiny.evaluate`.
 
 The 400 scenes, captions and seeds are fixed in prompts.json; no training set holds any of the scenes. Every
-style is generated from the same noise in up to three ways: from the fused condition, from T5 alone with the
-same weights, and from T5 alone with a DiT that was trained as long without the language model ("control").
+style is generated twice from the same noise: from the fused condition, and from T5 alone, either with the
+same weights or (--control) with a DiT that was trained alike but without the language model.
 """
 
 from __future__ import annotations
@@ -122,12 +122,13 @@ def rendered_truth(prompts: Sequence[Prompt]) -> Tensor:
 def evaluate(
     parts: Models, control: Models | None, prompts: Sequence[Prompt], styles: Sequence[str], batch: int = 20
 ) -> dict[str, dict]:
-    """{"truth": metrics, "simple/fused": metrics, "simple/t5": metrics, "simple/control": metrics, ...}"""
+    """{"truth": metrics, "simple/fused": metrics, "simple/t5": metrics, ...}; with a control "simple/control"
+    in place of "simple/t5".
+    """
     results = {"truth": score(prompts, rendered_truth(prompts))}
+    alone = ("t5", parts) if control is None else ("control", control)
     for style in styles:
-        for name, models in (("fused", parts), ("t5", parts), ("control", control)):
-            if models is None:
-                continue
+        for name, models in (("fused", parts), alone):
             videos = []
             for i in range(0, len(prompts), batch):
                 part = prompts[i : i + batch]
@@ -186,7 +187,8 @@ def main() -> None:
     parser.add_argument("--styles", nargs="+", default=STYLES, choices=STYLES)
     parser.add_argument("--every", type=int, default=1, help="take every n-th prompt, for a quick look")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, help="folder for tiny_results.json and contact_sheet.jpg")
+    parser.add_argument("--out", type=Path, help="where to keep the results, as JSON; others in it stay")
+    parser.add_argument("--sheet", type=Path, help="where to draw some of the videos")
     options = parser.parse_args()
     began = time.perf_counter()
     prompts = load_prompts()[:: options.every]
@@ -200,8 +202,9 @@ def main() -> None:
     seconds = time.perf_counter() - began
     print(f"{len(prompts)} prompts, {STEPS} steps, cfg {CFG}, {seconds:.0f} s on {options.device}")
     if options.out:
-        write_results(options.out / "tiny_results.json", options.weights, len(prompts), results)
-        sheet_of(parts, prompts, options.out / "contact_sheet.jpg")
+        write_results(options.out, options.weights, len(prompts), results)
+    if options.sheet:
+        sheet_of(parts, prompts, options.sheet)
 
 
 def write_results(path: Path, folder: Path, prompts: int, results: dict[str, dict[str, float]]) -> None:

@@ -87,20 +87,19 @@ class Recipe:
         self._train(dit_train.treated)
         self._train(dit_train.control)
 
-    def export(self, target: Path = WEIGHTS) -> None:
-        """Every part into `target`, in float16."""
+    def export(self, target: Path = WEIGHTS, run: str = "polish") -> None:
+        """Every part into `target`, in float16, the networks of one of the runs."""
         target.mkdir(parents=True, exist_ok=True)
         vae, half = self._vae("cpu"), torch.float16
         for name in ("t5", "phi"):
             shutil.copytree(self.folder / "text" / name, target / name, dirs_exist_ok=True)
         weights.save_vae(target / "vae.safetensors", self._vae_config(), vae.state_dict(), half)
-        run = self.folder / "polish"
-        dit = weights.read_transformer(run / "transformer.safetensors")
+        dit = weights.read_transformer(self.folder / run / "transformer.safetensors")
         preview = preview_factors(vae, dit.diffusion.latent_scale, self.seed)
         weights.save_transformer(
             target / "transformer.safetensors", dit.config, dit.diffusion, dit.state, half, preview
         )
-        fuser = weights.read_fuser(run / "fuser.safetensors")
+        fuser = weights.read_fuser(self.folder / run / "fuser.safetensors")
         training = {**fuser.header["training"], **self._exported(target)}
         weights.save(
             target / "fuser.safetensors", fuser.state, half, config=to_dict(fuser.config), training=training
