@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,3 +106,16 @@ def fp8(module: nn.Module) -> float:
     sizes = [(1 if name.startswith(blocks) and parameter.ndim == 2 else 2, parameter.numel())
              for name, parameter in module.named_parameters()]  # fmt: skip
     return sum(size * count for size, count in sizes) / 1e9
+
+
+@pytest.mark.parametrize(("marker", "alone"), [("tiny results", "t5"), ("tiny control", "control")])
+def test_the_tables_of_mimir_tiny_are_its_results(marker: str, alone: str) -> None:
+    results = json.loads((ROOT / "docs" / f"{marker.replace(' ', '_')}.json").read_text(encoding="utf-8"))
+    block = re.search(rf"<!-- {marker} -->\n(.*?)<!-- /{marker} -->", README, re.DOTALL)
+    assert block, f"no table between <!-- {marker} -->"
+    header, _, *rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in block[1].splitlines()]
+    assert [row[0] for row in rows] == list(results["truth"])
+    for column, title in enumerate(header[1:], 1):
+        style, reader = title.replace("plain", "simple").replace("T5 alone", alone).split(", ")
+        for row in rows:
+            assert row[column] == f"{100 * results[f'{style}/{reader}'][row[0]]:.0f}", (row[0], title)

@@ -25,6 +25,7 @@ from mimir_core.tiny.corpus import ANSWERS, Chat, chat, gerund, scene_of, t5_pai
 from mimir_core.tiny.text_train import (
     corrupt,
     llm_batch,
+    llm_exact,
     render,
     t5_batch,
     train_llm,
@@ -232,12 +233,21 @@ def test_shipped_text_models_are_small():
     assert sum(f.stat().st_size for f in files) < 3_000_000
 
 
+def test_shipped_language_model_answers_what_it_has_read_about(phi):
+    rates = llm_exact(phi[0], Tokenizer.from_file(str(WEIGHTS / "phi" / "tokenizer.json")), count=100)
+    assert min(rates[style] for style in ("simple", "seen", "held", "long")) >= 0.95, rates
+    assert min(rates[f"instruction {i}"] for i in (1, 2, 3, 4)) >= 0.95, rates
+    # words that nobody knows must stay unknown, or the class is no class
+    assert rates["unread"] <= 0.2, rates
+
+
 @pytest.mark.parametrize(
     ("prompt", "answer"),
     [
         ("A ruby orb heading leftward.", "a red circle moves left"),
         ("a red circle moves left above a blue square", "a red circle moves left above a blue square"),
         ("a blue square moves left above a red circle", "a blue square moves left above a red circle"),
+        ("a jade orb materialises, succeeded by a plum orb", "a green circle appears, then a purple circle"),
         ("three emerald balls", "three green circles"),
         ("a cobalt tile, the sun comes up", "a blue square, night turns to day"),
     ],
