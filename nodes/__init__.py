@@ -4,6 +4,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .compare import MimirCompare, MimirCompareFusions
 from .conditioning import MimirLoadConditioning, MimirSaveConditioning
+from .dataset import MimirCacheFeatures, MimirPrepareDataset, MimirWorldFeatures
 from .decode import MimirVAEDecode, MimirVAEEncode
 from .encode import MimirPhiEncode, MimirT5Encode
 from .fuse import MimirTokenFuser
@@ -14,6 +15,7 @@ from .load import MimirLoadFuser, MimirLoadModel, MimirLoadPhi, MimirLoadT5, Mim
 from .lora import MimirLoadLora
 from .plan import MimirPlan
 from .sample import MimirSampler
+from .train import MimirSaveFuser, MimirTrainFuser
 
 NODES: list[type[io.ComfyNode]] = [
     MimirLoadTiny,
@@ -36,6 +38,11 @@ NODES: list[type[io.ComfyNode]] = [
     MimirLoadConditioning,
     MimirCompare,
     MimirCompareFusions,
+    MimirPrepareDataset,
+    MimirCacheFeatures,
+    MimirWorldFeatures,
+    MimirTrainFuser,
+    MimirSaveFuser,
 ]
 
 

@@ -110,7 +110,7 @@ assert not hasattr(module, "comfy_entrypoint") and not hasattr(module, "NODE_CLA
 
 
 HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "nodes", "server"}
-OPTIONAL = {"xformers", "matplotlib"}  # used where it is there
+OPTIONAL = {"xformers", "matplotlib", "accelerate"}  # used where it is there, or asked for by name
 NAMES = {"PIL": "Pillow"}  # module -> package
 TOOLS = {"tiny", "data", "train", "bench"}  # started by hand, not by a graph; they say what they need
 

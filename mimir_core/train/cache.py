@@ -12,10 +12,10 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -59,6 +59,30 @@ class CacheConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
 
 
+class Readers(Protocol):
+    """What features are made with: `Encoders`, or the same models in the hands of a host."""
+
+    @property
+    def origins(self) -> Mapping[str, Mapping[str, str]]:
+        """File and fingerprint of "t5", "phi" and "vae"."""
+        ...
+
+    @property
+    def latent_channels(self) -> int: ...
+
+    def read_video(self, video: Tensor) -> Tensor:
+        """(1, 3, F, H, W) in -1..1 -> (1, C, T, h, w), raw."""
+        ...
+
+    def read_text(self, captions: Sequence[str]) -> Tensor:
+        """T5's reading, (B, n, Dt)."""
+        ...
+
+    def read_language(self, config: CacheConfig, caption: str, temperature: float, seed: int) -> LlmTokens:
+        """The language model's reading, with one answer."""
+        ...
+
+
 @dataclass(frozen=True)
 class Encoders:
     """The frozen models that are not needed any more once features are cached."""
@@ -67,6 +91,25 @@ class Encoders:
     phi: Phi3ForCausalLM
     tokenizer: PhiTokenizer
     vae: Any
+    origins: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.vae.config.latent_channels
+
+    def read_video(self, video: Tensor) -> Tensor:
+        first = next(self.vae.parameters())
+        with torch.inference_mode():
+            return encode(self.vae, video.to(first.device, first.dtype))
+
+    def read_text(self, captions: Sequence[str]) -> Tensor:
+        return self.t5.encode(list(captions)).hidden
+
+    def read_language(self, config: CacheConfig, caption: str, temperature: float, seed: int) -> LlmTokens:
+        return encode_prompt(
+            self.phi, self.tokenizer, caption, config.instructions, config.answer_length, temperature,
+            seed=seed, layer=config.layer,
+        )  # fmt: skip
 
 
 class Captioned(NamedTuple):
@@ -82,11 +125,12 @@ def load_encoders(config: CacheConfig, device: str, dtype: torch.dtype | None = 
         weights.load_phi(config.phi, device, dtype),
         PhiTokenizer.from_folder(config.phi),
         weights.load_vae(config.vae, device, dtype),
+        {name: _origin(getattr(config, name)) for name in ("t5", "phi", "vae")},
     )
 
 
 def cache(
-    config: CacheConfig, encoders: Encoders, report: Callable[[int, int], None] = lambda done, total: None
+    config: CacheConfig, encoders: Readers, report: Callable[[int, int], None] = lambda done, total: None
 ) -> int:
     """Write every shard that is missing, then the index; returns the number of clips.
 
@@ -94,17 +138,16 @@ def cache(
     """
     folder, clips = Path(config.out), captioned(Path(config.clips))
     parts = _parts(clips, config.shard)
-    _same_plan(folder, config, clips)
+    _same_plan(folder, config, encoders, clips)
     shards: list[Shard] = []
     for index, part in enumerate(parts):
         name = f"{index:05d}.safetensors"
         if not (folder / name).is_file():
             write_shard(folder, name, _features(config, encoders, part))
-        shards.append(Shard(name, len(part), _latent_size(part[0].bucket, encoders.vae)))
+        shards.append(Shard(name, len(part), _latent_size(part[0].bucket, encoders)))
         report(sum(shard.clips for shard in shards), len(clips))
     write_shard(folder, NULL, _texts(config, encoders, [("", "null")]))
-    origins = {name: _origin(getattr(config, name)) for name in ("t5", "phi", "vae")}
-    write_index(folder, Index(tuple(shards), config.instructions, config.layer, origins))
+    write_index(folder, Index(tuple(shards), config.instructions, config.layer, _origins(encoders)))
     return len(clips)
 
 
@@ -131,24 +174,22 @@ def _parts(clips: Sequence[Captioned], size: int) -> list[list[Captioned]]:
     return [group[i : i + size] for group in buckets.values() for i in range(0, len(group), size)]
 
 
-def _features(config: CacheConfig, encoders: Encoders, part: Sequence[Captioned]) -> dict[str, Tensor]:
+def _features(config: CacheConfig, encoders: Readers, part: Sequence[Captioned]) -> dict[str, Tensor]:
     """All tensors of one shard."""
-    latents = torch.cat([_latents(config, encoders.vae, item) for item in part])
+    latents = torch.cat([_latents(config, encoders, item) for item in part])
     texts = _texts(config, encoders, [(item.caption, _name(item)) for item in part])
     return {"latents": _stored(latents), **texts}
 
 
-def _latents(config: CacheConfig, vae: Any, item: Captioned) -> Tensor:
+def _latents(config: CacheConfig, encoders: Readers, item: Captioned) -> Tensor:
     """(1, C, T, h, w), raw."""
     clip = item.clip
     frames = read_frames(Path(config.videos) / clip.file, clip.start, clip.end, item.bucket, config.fps)
     video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None]  # (1, 3, F, H, W)
-    first = next(vae.parameters())
-    with torch.inference_mode():
-        return encode(vae, (video.to(first.device) / 127.5 - 1).to(first.dtype)).float().cpu()
+    return encoders.read_video(video / 127.5 - 1).float().cpu()
 
 
-def _texts(config: CacheConfig, encoders: Encoders, captions: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
+def _texts(config: CacheConfig, encoders: Readers, captions: Sequence[tuple[str, str]]) -> dict[str, Tensor]:
     """Tensors of texts, one caption a clip; each with a name that its sampling is seeded by."""
     read = [
         [_read(config, encoders, text, name, i) for i in range(config.answers)] for text, name in captions
@@ -157,7 +198,7 @@ def _texts(config: CacheConfig, encoders: Encoders, captions: Sequence[tuple[str
     flat = [tokens.answer[0].cpu().float() for answers in read for tokens in answers]
     answer, answer_length = padded(flat)
     return {
-        "t5": _stored(encoders.t5.encode([text for text, _ in captions]).hidden.cpu())[:, None],
+        "t5": _stored(encoders.read_text([text for text, _ in captions]).cpu())[:, None],
         "query": _stored(query)[:, None],
         "query_length": query_length[:, None],
         "answer": _stored(answer).unflatten(0, (len(read), 1, config.answers)),
@@ -166,23 +207,19 @@ def _texts(config: CacheConfig, encoders: Encoders, captions: Sequence[tuple[str
     }
 
 
-def _read(config: CacheConfig, encoders: Encoders, text: str, name: str, index: int) -> LlmTokens:
+def _read(config: CacheConfig, encoders: Readers, text: str, name: str, index: int) -> LlmTokens:
     seed = int.from_bytes(hashlib.sha256(f"{config.seed}/{name}/{index}".encode()).digest()[:7], "big")
     temperature = config.temperature if config.answers > 1 else 0.0
-    return encode_prompt(
-        encoders.phi, encoders.tokenizer, text, config.instructions, config.answer_length, temperature,
-        seed=seed, layer=config.layer,
-    )  # fmt: skip
+    return encoders.read_language(config, text, temperature, seed)
 
 
-def _same_plan(folder: Path, config: CacheConfig, clips: Sequence[Captioned]) -> None:
+def _same_plan(folder: Path, config: CacheConfig, encoders: Readers, clips: Sequence[Captioned]) -> None:
     """Write down what this folder is made of, or check that it is made of just that."""
     plan = json.loads(json.dumps(asdict(config)))
     for moved in ("clips", "videos", "out"):  # where things lie does not change what they are
         plan.pop(moved)
-    models = {name: _origin(getattr(config, name)) for name in ("t5", "phi", "vae")}
     content = json.dumps([[_name(item), item.caption, item.bucket] for item in clips])
-    plan = {**plan, **models, "content": hashlib.sha256(content.encode()).hexdigest()[:16]}
+    plan = {**plan, **_origins(encoders), "content": hashlib.sha256(content.encode()).hexdigest()[:16]}
     path = folder / PLAN
     if path.is_file():
         known = json.loads(path.read_text(encoding="utf-8"))
@@ -196,9 +233,9 @@ def _same_plan(folder: Path, config: CacheConfig, clips: Sequence[Captioned]) ->
     path.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
 
 
-def _latent_size(bucket: tuple[int, int, int], vae: Any) -> tuple[int, int, int, int]:
+def _latent_size(bucket: tuple[int, int, int], encoders: Readers) -> tuple[int, int, int, int]:
     frames, height, width = bucket
-    return vae.config.latent_channels, (frames - 1) // 4 + 1, height // 8, width // 8
+    return encoders.latent_channels, (frames - 1) // 4 + 1, height // 8, width // 8
 
 
 def _name(item: Captioned) -> str:
@@ -208,6 +245,10 @@ def _name(item: Captioned) -> str:
 def _stored(tensor: Tensor) -> Tensor:
     """bfloat16: hidden states of a language model can be larger than float16 holds."""
     return tensor.to(torch.bfloat16)
+
+
+def _origins(encoders: Readers) -> dict[str, dict[str, str]]:
+    return {name: dict(origin) for name, origin in encoders.origins.items()}
 
 
 def _origin(path: str) -> dict[str, str]:

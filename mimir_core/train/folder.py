@@ -53,12 +53,27 @@ class RunFolder:
     def begin(self, config: TrainConfig, data: str) -> None:
         """Write what this run is, or check that the folder holds this very run. `data`: its fingerprint."""
         self.path.mkdir(parents=True, exist_ok=True)
-        known = self.path / CONFIG
-        if known.is_file():
-            self._same(json.loads(known.read_text(encoding="utf-8")), config, data)
+        changed = self.differences(config, data)
+        if changed:
+            raise ValueError(
+                f"{self.path} holds a run with other settings: {', '.join(changed)}. Resume with the old "
+                "ones, or choose another run folder."
+            )
         self._write(CONFIG, {**config.to_dict(), "data_fingerprint": data})
         versions = {name: _version(name) for name in PACKAGES}
         self._write(VERSIONS, {"python": platform.python_version(), **versions})
+
+    def differences(self, config: TrainConfig, data: str) -> list[str]:
+        """In words, where the run in this folder is another one; empty for this very run, or for none."""
+        file = self.path / CONFIG
+        if not file.is_file():
+            return []
+        known, now = (
+            json.loads(file.read_text(encoding="utf-8")),
+            {**config.to_dict(), "data_fingerprint": data},
+        )
+        changed = [name for name in now if name not in FREE and known.get(name) != now[name]]
+        return [f"{name} ({known.get(name)!r}, now {now[name]!r})" for name in changed]
 
     def log(self, values: Mapping[str, float]) -> None:
         with (self.path / METRICS).open("a", encoding="utf-8") as file:
@@ -110,16 +125,6 @@ class RunFolder:
         """Complete ones, oldest first."""
         folder = self.path / CHECKPOINTS
         return sorted(path.parent for path in folder.glob(f"*/{STATE}")) if folder.is_dir() else []
-
-    def _same(self, known: dict[str, Any], config: TrainConfig, data: str) -> None:
-        now = {**config.to_dict(), "data_fingerprint": data}
-        changed = [name for name in now if name not in FREE and known.get(name) != now[name]]
-        if changed:
-            said = ", ".join(f"{name} ({known.get(name)!r}, now {now[name]!r})" for name in changed)
-            raise ValueError(
-                f"{self.path} holds a run with other settings: {said}. Resume with the old ones, or choose "
-                "another run folder."
-            )
 
     def _write(self, name: str, values: Mapping[str, Any]) -> None:
         (self.path / name).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

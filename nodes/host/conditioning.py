@@ -2,7 +2,6 @@
 
 import os
 import re
-import unicodedata
 from collections.abc import Iterable
 from datetime import datetime
 from pathlib import Path
@@ -26,18 +25,9 @@ from ...mimir_core.provenance import (
 )
 from ...mimir_core.text import Cut
 from .files import SUFFIXES, stamp
+from .names import FOLDER, require_portable
 
-FOLDER = "mimir"  # below the output folder, where the files of Save Conditioning go
 OUTPUT = " [output]"  # how core marks a file of the output folder in a list of input files
-FORBIDDEN = '<>:"|?*\\'  # on Windows, where shared files go too
-RESERVED = {
-    "CON",
-    "PRN",
-    "AUX",
-    "NUL",
-    *(f"{port}{digit}" for port in ("COM", "LPT") for digit in range(1, 10)),
-}
-LONGEST = 200  # bytes of a name; file systems take 255, with the number and the ending
 DATE = {"yyyy": "%Y", "yy": "%y", "MM": "%m", "dd": "%d", "hh": "%H", "mm": "%M", "ss": "%S"}
 DATE_PARTS = "|".join(DATE)
 NO_NEGATIVE = (
@@ -93,7 +83,7 @@ def save(positive: Any, negative: Any, prefix: str, precision: str = EXACT) -> W
         raise ValueError(
             f"filename_prefix is '{prefix}', expected a name below output/{FOLDER}, without '..'."
         )
-    _require_portable(text, Path(name).relative_to(FOLDER))
+    require_portable("filename_prefix", text)
     root = folder_paths.get_output_directory()
     folder, stem, counter, subfolder, _ = folder_paths.get_save_image_path(name, root)
     file = Path(folder) / f"{stem}_{counter:05}_.safetensors"
@@ -115,31 +105,6 @@ def _dated(prefix: str) -> str:
         return re.sub(DATE_PARTS, lambda part: now.strftime(DATE[part[0]]), found[1])
 
     return re.sub("%date:([^%]*)%", written, prefix)
-
-
-def _require_portable(prefix: str, name: Path) -> None:
-    """ValueError for a name that some system cannot store, as the file is made to be sent around."""
-    wrong = sorted({char for char in prefix if char != os.sep and not _storable(char)})
-    length = len(prefix.encode(errors="replace"))
-    reserved = [part for part in name.parts if part.partition(".")[0].strip().upper() in RESERVED]
-    ends = [part for part in name.parts if part != part.strip(" .")]
-    if wrong:
-        problem = f"has {', '.join(map(ascii, wrong))}, which not every system can store in a name"
-    elif length > LONGEST:
-        problem = f"is {length} bytes long, expected at most {LONGEST}"
-    elif reserved or ends:
-        problem = f"has the part '{(reserved or ends)[0]}', which Windows cannot store"
-    else:
-        return
-    raise ValueError(f"filename_prefix {_shown(prefix)} {problem}: choose another name.")
-
-
-def _storable(char: str) -> bool:
-    return char not in FORBIDDEN and unicodedata.category(char) not in ("Cc", "Cs")
-
-
-def _shown(text: str) -> str:
-    return ascii(text if len(text) <= 40 else text[:40] + "...")
 
 
 def choices() -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...mimir_core import weights
-from ...mimir_core.config import FUSER_PRESETS, FuserConfig
+from ...mimir_core.config import FUSER_PRESETS, FuserConfig, to_dict
 from ...mimir_core.fuser import TokenFuser
 from ...mimir_core.provenance import NO_ORIGIN, UNKNOWN, current, unlike_training
 from ...mimir_core.tokens import LlmTokens
 from .conditioning import fused_options
+from .files import SUFFIXES
+from .names import checked
 from .patcher import module_patcher
 
 UNTRAINED = "untrained (identity)"
@@ -68,6 +71,32 @@ def build_fuser(
     module.load_state_dict(state)
     module.eval().requires_grad_(False)
     return Fuser(name, is_trained(config, state), module, module_patcher(module), origin, training or {})
+
+
+def save_fuser(fuser: Fuser, folder: Path, name: str) -> Path:
+    """A file for Load Token Fuser, with what the fuser was trained on in its header; the file's path.
+
+    Nothing is overwritten: where another fuser has the name, a number is added.
+    """
+    if fuser.module is None:
+        raise ValueError("This fuser is 'untrained (identity)' and has no weights: there is nothing to save.")
+    below = checked(name.removesuffix(SUFFIXES[0]))
+    folder = folder / below.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{below.name}.partial"
+    header: dict[str, Any] = {"config": to_dict(fuser.module.config)}
+    if fuser.training:
+        header["training"] = dict(fuser.training)
+    weights.save(partial, fuser.module.state_dict(), None, **header)
+    numbers = chain([""], (f"_{number}" for number in count(2)))
+    files = (folder / f"{below.name}{number}{SUFFIXES[0]}" for number in numbers)
+    file = next(file for file in files if not _is_another(file, partial))
+    partial.replace(file)
+    return file
+
+
+def _is_another(path: Path, partial: Path) -> bool:
+    return path.exists() and path.read_bytes() != partial.read_bytes()
 
 
 def is_trained(config: FuserConfig, state: dict[str, Tensor]) -> bool:

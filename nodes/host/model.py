@@ -60,7 +60,7 @@ def load_dit(
     source.state.clear()  # or changing the precision would hold both
     config.latent_format = MimirLatent(source.diffusion.latent_scale, source.header.get("preview"))
     model = MimirModel(config, source.config, source.diffusion)
-    model.origin, model.note = source.origin, found.note
+    model.origin, model.note, model.path = source.origin, found.note, path
     patcher_class = comfy.model_patcher.ModelPatcher if disable_dynamic else core_patcher()
     patcher = patcher_class(
         model, load_device=management.get_torch_device(), offload_device=management.unet_offload_device()
@@ -176,6 +176,7 @@ class MimirModel(comfy.model_base.BaseModel):
         self.dit, self.diffusion = dit, diffusion
         self.origin: dict[str, str] | None = None  # which weights: {"file", "fingerprint"}
         self.note = ""  # for the person who loads it
+        self.path: Path | None = None  # of the file or folder, for the trainer
         self.model_sampling = MimirSampling(model_config)
 
     def extra_conds(self, **kwargs: Any) -> dict[str, Any]:

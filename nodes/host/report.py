@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,21 @@ from comfy_api.latest import ui
 from comfy_execution.utils import get_executing_context
 
 log = logging.getLogger(__name__)
+_inside: ContextVar[bool] = ContextVar("mimir_inside_one_bar", default=False)
 
 
 def say(text: str) -> ui.PreviewText:
     """Shows `text` on the node that is executing, and returns it for the node's `ui` (the history)."""
     log.info("Mimir: %s", text)
+    show(text)
+    return ui.PreviewText(text)
+
+
+def show(text: str) -> None:
+    """Shows `text` on the node that is executing, for the moment."""
     context, server = get_executing_context(), _server()
     if context is not None and server is not None:
         server.send_progress_text(text, context.node_id)
-    return ui.PreviewText(text)
 
 
 def require_finite(values: torch.Tensor, stage: str, remedy: str) -> None:
@@ -46,13 +53,25 @@ def naming(path: Path) -> Iterator[None]:
 
 def progress() -> Callable[[int, int], None]:
     """A callback (done, total) that moves the node's progress bar, and raises when the user interrupted."""
-    bar = comfy.utils.ProgressBar(1)
+    bar = None if _inside.get() else comfy.utils.ProgressBar(1)
 
     def step(done: int, total: int) -> None:
         management.throw_exception_if_processing_interrupted()
-        bar.update_absolute(done, total)
+        if bar is not None:
+            bar.update_absolute(done, total)
 
     return step
+
+
+@contextmanager
+def one_bar() -> Iterator[Callable[[int, int], None]]:
+    """A `progress` for work in many parts: inside the block theirs only raise, and leave the bar alone."""
+    step = progress()
+    token = _inside.set(True)
+    try:
+        yield step
+    finally:
+        _inside.reset(token)
 
 
 def _server() -> Any:

@@ -33,7 +33,9 @@ def load_vae(path: Path) -> "CogVideoXVAE":
     network = core.build_vae(source.config, device="meta")
     network.load_state_dict(source.state, assign=True)
     source.state.clear()  # or changing the precision would hold both
-    return CogVideoXVAE(network.requires_grad_(False))
+    vae = CogVideoXVAE(network.requires_grad_(False))
+    vae.origin = source.origin
+    return vae
 
 
 class FirstStage(nn.Module):
@@ -62,6 +64,7 @@ class CogVideoXVAE(comfy.sd.VAE):
         with _without_warning("No VAE weights detected"):
             super().__init__(sd={})  # every attribute that this host's VAE has, at its default
         self.first_stage_model = FirstStage(network).eval()
+        self.origin: dict[str, str] | None = None  # which weights: {"file", "fingerprint"}
         self.latent_dim, self.latent_channels = 3, CHANNELS
         self.upscale_ratio = (core.pixel_frames, core.SPACE, core.SPACE)
         self.downscale_ratio = (core.latent_frames, core.SPACE, core.SPACE)

@@ -34,12 +34,14 @@ class Graph:
     def run(self, **latents: Ref) -> dict[str, torch.Tensor]:
         """Run the graph; LATENT outputs by name, as core's SaveLatent wrote them.
 
-        `notes` then has what the nodes said, except those whose result the host still had.
+        `notes` then has what the nodes said, except those whose result the host still had; `seconds` how
+        long each of the others took.
         """
         for name, samples in latents.items():
             inputs = {"samples": samples, "filename_prefix": f"graph/{name}"}
             self.prompt[name] = {"class_type": "SaveLatent", "inputs": inputs}
-        outputs = self.host.run(self.prompt).outputs
+        done = self.host.run(self.prompt)
+        outputs, self.seconds = done.outputs, done.seconds
         self.notes = {node: " ".join(shown["text"]) for node, shown in outputs.items() if "text" in shown}
         files = {name: File(**outputs[name]["latents"][0]) for name in latents}
         return {name: load(self.host.view(file))["latent_tensor"] for name, file in files.items()}

@@ -16,7 +16,7 @@ import numpy
 import pytest
 import torch
 
-from launcher.client import Client, Run
+from launcher.client import Client, File, Run
 from launcher.server import Server
 from launcher.workflow import Workflow, set_text, set_value, to_prompt
 
@@ -78,6 +78,14 @@ def run(host: Client, name: str, text: str | None = None, **values: Any) -> Run:
 def frames(host: Client, done: Run) -> numpy.ndarray:
     """The frames of the video that a run has saved, (F, H, W, 3) in 0..255."""
     (file,) = done.files()
+    return decoded(host, file)
+
+
+def is_video(file: File) -> bool:
+    return file.filename.endswith(".mp4")
+
+
+def decoded(host: Client, file: File) -> numpy.ndarray:
     with av.open(io.BytesIO(host.view(file))) as video:
         return numpy.stack([frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)])
 
@@ -101,6 +109,15 @@ def test_other_words_and_other_seeds_give_other_videos(host: Client) -> None:
 def test_the_workflow_for_real_weights_runs(host: Client, full_size_files: None) -> None:
     done = run(host, "mimir_cogvideox_5b_text_to_video", **SMALL)
     assert frames(host, done).shape == (9, 64, 64, 3)
+
+
+def test_a_fuser_is_trained_and_used(host: Client) -> None:
+    """With a few steps of everything; what the whole of it shows was looked at."""
+    done = run(host, "mimir_train_tiny", steps=4, clips=32, warmup=0)
+    videos = {file.filename.split("_0")[0]: decoded(host, file) for file in done.files() if is_video(file)}
+    assert set(videos) == {"Mimir_before", "Mimir_after"}
+    assert all(video.shape == (9, 64, 64, 3) for video in videos.values())
+    assert abs(videos["Mimir_before"].astype(float) - videos["Mimir_after"]).mean() > 0.1
 
 
 def test_every_download_is_chosen_by_the_node_that_offers_it() -> None:

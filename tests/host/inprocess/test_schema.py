@@ -18,6 +18,7 @@ CONTRACT = [
     "MimirT5Encode", "MimirPhiEncode", "MimirTokenFuser", "MimirEmptyLatent", "MimirSampler",
     "MimirVAEDecode", "MimirVAEEncode", "MimirSaveConditioning", "MimirLoadConditioning",
     "MimirCompare", "MimirCompareFusions",
+    "MimirPrepareDataset", "MimirCacheFeatures", "MimirWorldFeatures", "MimirTrainFuser", "MimirSaveFuser",
 ]  # fmt: skip
 
 
