@@ -54,24 +54,41 @@ class TokenFuser(nn.Module):
     ) -> Tensor:
         """The fused condition.
 
-        text (B, n, Dt), llm (B, L, Dl), instruction (B, K, Dl), mask (B, L) bool, True at real tokens
+        text (B, n, Dt), llm (B, L, Dl), instruction (B, K, Dl), mask (B, L): bool, True at real tokens, or
+        the weight of what each token adds
         -> (B, n + K, Dt), or (B, n, Dt) without the stabilizer. Any L: llm is cut or padded with zeros to n.
         strength scales everything that is added; at 0 the result is `text` itself, with nothing appended.
         """
         if strength == 0:
             return text
         self._check(text, llm, instruction)
-        fused = text
-        if self.config.zero_conv:
-            fused = fused + strength * self.encoder_conv(text)  # (B, n, Dt)
-        if self.config.use_llm:
-            fused = fused + strength * self._branch(llm, mask, text.shape[1])  # (B, n, Dt)
+        encoder, decoder = self.branches(text, llm, mask, strength)
+        fused = encoder if decoder is None else encoder + decoder  # (B, n, Dt)
         if self.config.stabilizer:
-            stable = strength * self._stabilize(instruction)  # (B, K, Dt)
+            content, learned = self.stabilized(instruction)
+            stable = strength * (content + learned)  # (B, K, Dt)
             fused = torch.cat(
                 (fused, stable.expand(fused.shape[0], -1, -1).to(fused.dtype)), dim=1
             )  # (B, n + K, Dt)
         return fused
+
+    def branches(
+        self, text: Tensor, llm: Tensor, mask: Tensor | None = None, strength: float = 1.0
+    ) -> tuple[Tensor, Tensor | None]:
+        """e_theta and e_beta (B, n, Dt), whose sum is the fused part; no e_beta where no llm is used."""
+        encoder = text + strength * self.encoder_conv(text) if self.config.zero_conv else text
+        if not self.config.use_llm:
+            return encoder, None
+        return encoder, strength * self._branch(llm, mask, text.shape[1])
+
+    def stabilized(self, instruction: Tensor) -> tuple[Tensor, Tensor]:
+        """e_i (B, K, Dt) and e_l (K, Dt), whose sum is e_s."""
+        index = torch.arange(self.config.num_instructions, device=instruction.device)
+        return self.instruction_conv(self.normed(instruction)), self.stabilizer(index)
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """s * Norm(h), or h itself without the norm."""
+        return self.norm(hidden) if self.config.norm else hidden
 
     def variant(self, config: FuserConfig) -> "TokenFuser":
         """The same parameters used as another row of the ablation. ValueError where a part is missing."""
@@ -112,17 +129,10 @@ class TokenFuser(nn.Module):
     def _branch(self, llm: Tensor, mask: Tensor | None, length: int) -> Tensor:
         """e_beta (B, length, Dt): only real tokens are projected, what is missing to `length` is zero."""
         llm = llm[:, :length]
-        projected = self.llm_conv(self._norm(llm))
+        projected = self.llm_conv(self.normed(llm))
         if mask is not None:
             projected = projected * mask[:, :length, None]
         return nn.functional.pad(projected, (0, 0, 0, length - projected.shape[1]))
-
-    def _stabilize(self, instruction: Tensor) -> Tensor:
-        index = torch.arange(self.config.num_instructions, device=instruction.device)
-        return self.instruction_conv(self._norm(instruction)) + self.stabilizer(index)
-
-    def _norm(self, hidden: Tensor) -> Tensor:
-        return self.norm(hidden) if self.config.norm else hidden
 
     def _check(self, text: Tensor, llm: Tensor, instruction: Tensor) -> None:
         config, batch = self.config, text.shape[0]

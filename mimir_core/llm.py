@@ -81,6 +81,7 @@ def encode_prompt(
         answer_text=tokenizer.decode(answer_ids),
         instructions=tuple(instructions),
         layer=layer,
+        template=turns[0].template,
     )
 
 
@@ -117,6 +118,7 @@ def encode_known(
             answer_text=tokenizer.decode(replies[i]),
             instructions=tuple(instructions),
             layer=layer,
+            template=turns[i].template,
         )
         for i in range(len(prompts))
     ]

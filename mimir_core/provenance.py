@@ -3,8 +3,9 @@
 A record holds plain values and dictionaries of them, never a list: core's training node walks through every
 option of a condition and does not come back from a list of strings. So instructions are one text, in lines.
 
-    {"prompt", "text_length", "cut_tokens", "cut_text", "t5": origin, "llm": origin and settings,
-     "fuser": origin and settings, "dtype", "pack", "checksum"}
+    {"prompt", "text_length", "cut_tokens", "cut_text", "pieces": JSON of [text, kind] (text.Piece),
+     "t5": origin, "llm": origin and settings, "fuser": origin and settings, "gains", "dtype", "pack",
+     "checksum"}
 
 An origin is {"file", "fingerprint"} (mimir_core.headers.fingerprint), UNKNOWN for both where nobody knows;
 "dtype" is what the weights were kept in, "computed" what with; "changed" says in words that a LoRA or another
@@ -13,6 +14,7 @@ along with changed tokens, and `current` notices.
 """
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -42,6 +44,8 @@ FIELDS = {
     "fuser.strength": "strength",
     "fuser.start": "start",
     "fuser.end": "end",
+    "gains": "gain on T5's tokens",
+    "llm.gains": "gain on Phi-3.5's tokens",
     "changed": "changed by other nodes",
     "dtype": "dtype of the tokens",
     "pack": "version of this pack",
@@ -49,14 +53,20 @@ FIELDS = {
 
 
 def text_record(
-    prompt: str, t5: Mapping[str, Any] | None, length: int, cut_tokens: int = 0, cut_text: str = ""
+    prompt: str,
+    t5: Mapping[str, Any] | None,
+    length: int,
+    cut_tokens: int = 0,
+    cut_text: str = "",
+    pieces: Sequence[tuple[str, str]] = (),
 ) -> Record:
-    """What T5 has read, and what it had to cut."""
+    """What T5 has read, and what it had to cut; `pieces` are (text, kind) of its tokens."""
     return {
         "prompt": prompt,
         "text_length": length,
         "cut_tokens": cut_tokens,
         "cut_text": cut_text,
+        "pieces": json.dumps(pieces) if pieces else "",
         "t5": dict(t5 or NO_ORIGIN),
     }
 
@@ -64,6 +74,15 @@ def text_record(
 def fused_record(text: Mapping[str, Any] | None, llm: Mapping[str, Any], fuser: Mapping[str, Any]) -> Record:
     """The record of fused tokens: T5's `text` record (None when another node made the condition) and more."""
     return {**(text or text_record(UNKNOWN, None, 0)), "llm": dict(llm), "fuser": dict(fuser)}
+
+
+def recorded_pieces(record: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """(text, kind) of T5's tokens, as the record has them; empty when it does not know, or is damaged."""
+    try:
+        pieces = json.loads((record or {}).get("pieces") or "[]")
+        return [(str(text), str(kind)) for text, kind in pieces]
+    except (TypeError, ValueError, RecursionError):
+        return []
 
 
 def sealed(record: Mapping[str, Any], tokens: Tensor, pack: str) -> Record:
@@ -99,6 +118,7 @@ def describe(record: Mapping[str, Any] | None) -> list[str]:
     if record.get("cut_tokens"):
         lines.append(f"cut off by T5: {record['cut_tokens']} tokens {record.get('cut_text', '')}".rstrip())
     lines.append(f"T5: {_origin(record.get('t5'))}, {record.get('text_length') or UNKNOWN} tokens")
+    lines += [f"gain: {record['gains']}"] if record.get("gains") else []
     llm, fuser = record.get("llm"), record.get("fuser")
     if isinstance(llm, Mapping):
         lines += _describe_llm(llm, record.get("prompt"))
@@ -235,6 +255,7 @@ def _describe_llm(llm: Mapping[str, Any], prompt: Any) -> list[str]:
         "instructions:",
         *lines,
         f"answer: {llm.get('answer') or 'none'}",
+        *([f"gain: {llm['gains']}"] if llm.get("gains") else []),
     ]
 
 

@@ -29,6 +29,7 @@ PHI_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 INSTRUCTION_JOIN = "\n"  # between a prompt and the instruction that follows it, in the same user turn
+LISTED_CUT = 64  # pieces that are still named of what T5 has to cut
 _MARK = "\ue000mimir\ue001"  # stands for the user's words while the template is rendered
 
 
@@ -130,6 +131,44 @@ def _cut(tokenizer: Any, row: list[int], length: int) -> Cut | None:
     return Cut(len(dropped), tokenizer.decode(dropped, skip_special_tokens=True).strip())
 
 
+class Piece(NamedTuple):
+    """One token in words. kind: "text", "unk" (T5 has no token for this text), "end", "cut" (not read)."""
+
+    text: str
+    kind: str
+
+
+def t5_pieces(tokenizer: Any, ids: list[int], text: str, length: int) -> list[Piece]:
+    """What each of the tokens `ids` of `text` stands for: those that are read, then the first that are cut.
+
+    Literal characters of `text` where `tokenizer` reads it as `ids`; else its own names for them.
+    """
+    names = _literal_names(tokenizer, ids, text)
+    kinds = {tokenizer.unk_token_id: "unk", tokenizer.eos_token_id: "end"}
+    pieces = [Piece(name, kinds.get(token, "text")) for name, token in zip(names, ids, strict=True)]
+    if len(pieces) <= length:
+        return pieces
+    cut = [Piece(piece.text, "cut") for piece in pieces[length - 1 : -1][:LISTED_CUT]]
+    return [*pieces[: length - 1], pieces[-1], *cut]
+
+
+def _literal_names(tokenizer: Any, ids: list[int], text: str) -> list[str]:
+    if tokenizer.is_fast:
+        encoded = tokenizer(text, return_offsets_mapping=True, truncation=False, verbose=False)
+        if encoded["input_ids"] == ids:
+            return literal(text, encoded["offset_mapping"])
+    return [str(name).replace("▁", " ") for name in tokenizer.convert_ids_to_tokens(ids)]
+
+
+def literal(text: str, spans: list[tuple[int, int]]) -> list[str]:
+    """The characters of each span that no span before it has: tokens of single bytes share one character."""
+    found, seen = [], 0
+    for first, last in spans:
+        found.append(text[max(first, seen) : last])
+        seen = max(seen, last)
+    return found
+
+
 # --- chat ---------------------------------------------------------------------------------------------------
 
 
@@ -138,7 +177,8 @@ class ChatTurn(NamedTuple):
 
     ids: list[int]
     query: list[int]  # positions of the tokens whose characters lie in the prompt
-    pieces: list[str]  # the characters of each of those tokens
+    pieces: list[str]  # the characters of each of those tokens; "" where it continues a character
+    template: tuple[tuple[str, ...], tuple[str, ...]]  # the other tokens, before and after them
 
 
 class PhiTokenizer:
@@ -181,7 +221,10 @@ class PhiTokenizer:
         ids, spans = encoded["input_ids"], encoded["offset_mapping"]
         self._check_words(text, ids, spans, len(before), len(before) + len(words))
         query = positions_within(spans, len(before), len(before) + len(prompt))
-        return ChatTurn(ids, query, [text[slice(*spans[position])] for position in query])
+        pieces = literal(text, spans)
+        first = query[0] if query else len(positions_within(spans, 0, len(before)))
+        start, end = pieces[:first], pieces[query[-1] + 1 if query else first :]
+        return ChatTurn(ids, query, [pieces[position] for position in query], (tuple(start), tuple(end)))
 
     def answer_ids(self, answer: str) -> list[int]:
         """The tokens of an answer, as they stand after the answer's header."""

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from ...mimir_core.provenance import (
     text_differences,
     text_record,
 )
-from ...mimir_core.text import Cut
+from ...mimir_core.text import Cut, Piece
 from .files import SUFFIXES, stamp
 from .names import FOLDER, require_portable
 
@@ -59,10 +59,12 @@ def origin_of(clip: Any) -> dict[str, str]:
     return {**origin, "changed": " and ".join(changed)} if changed else origin
 
 
-def record_text(conditioning: list[Any], clip: Any, prompt: str, length: int, cut: Cut | None) -> list[Any]:
+def record_text(
+    conditioning: list[Any], clip: Any, prompt: str, length: int, cut: Cut | None, pieces: Sequence[Piece]
+) -> list[Any]:
     """The condition that T5 made of `prompt`, which now says so."""
     left_out = (cut.tokens, cut.text) if cut is not None else (0, "")
-    record = text_record(prompt, origin_of(clip), length, *left_out)
+    record = text_record(prompt, origin_of(clip), length, *left_out, pieces)
     return [
         [tokens, {**options, RECORD: sealed(record, tokens, __version__)}] for tokens, options in conditioning
     ]

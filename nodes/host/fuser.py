@@ -137,11 +137,12 @@ def fuse(
         return passed, IDENTITY_NOTE if strength else STRENGTH_0_NOTE
     module = with_preset(fuser, preset)
     management.load_models_gpu([fuser.patcher])
-    llm, instruction = tokens.sequence(module.config.llm_tokens), tokens.instruction
+    parts = module.config.llm_tokens
+    added = tokens.sequence(parts), tokens.instruction, tokens.weights(parts)
     fused: list[Any] = []
-    read = llm.shape[1] if module.config.use_llm else 0
+    read = added[0].shape[1] if module.config.use_llm else 0
     for entry in conditioning:
-        joined = _run(module, fuser.patcher.load_device, entry[0], llm, instruction, strength)
+        joined = _run(module, fuser.patcher.load_device, entry[0], *added, strength)
         joined, masked = _with_mask(joined, entry, read)
         fused += _in_window([joined, fused_options(masked, joined, **made)], entry, window)
     lengths = conditioning[0][0].shape[1], fused[0][0].shape[1]
@@ -166,11 +167,18 @@ def with_preset(fuser: Fuser, preset: str) -> TokenFuser:
 
 
 def _run(
-    module: TokenFuser, device: torch.device, text: Tensor, llm: Tensor, instruction: Tensor, strength: float
+    module: TokenFuser,
+    device: torch.device,
+    text: Tensor,
+    llm: Tensor,
+    instruction: Tensor,
+    gain: Tensor | None,
+    strength: float,
 ) -> Tensor:
     """Computed in float32 on `device`, returned where the host keeps such things."""
     text, llm, instruction = (tensor.to(device, torch.float32) for tensor in (text, llm, instruction))
-    return module(text, llm, instruction, strength=strength).to(management.intermediate_device())
+    gain = None if gain is None else gain.to(device, torch.float32)
+    return module(text, llm, instruction, gain, strength).to(management.intermediate_device())
 
 
 def _with_mask(fused: Tensor, entry: list[Any], read: int) -> tuple[Tensor, list[Any]]:

@@ -4,7 +4,7 @@ The network is the host's own (fp8 files, LoRA, offloading); the tokenizer cuts 
 """
 
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...mimir_core import weights
 from ...mimir_core.config import T5_PRESETS, T5Config
-from ...mimir_core.text import Cut, load_tokenizer, t5_tokens
+from ...mimir_core.text import Cut, Piece, load_tokenizer, t5_pieces, t5_tokens
 from .conditioning import record_text
 from .fp8 import Weights, as_they_are
 from .patcher import build_clip
@@ -26,7 +26,7 @@ from .report import naming, require_finite
 
 NAME = "t5xxl"  # the key of T5 tokens in every CLIP of the host, whatever the size
 TEXT_LENGTH = 226  # CogVideoX's; Mimir Tiny has its own
-EOS, PAD = 1, 0
+PAD, EOS, UNKNOWN = 0, 1, 2
 MASK = "attention_mask"
 HOST_TOKENIZER = Path(str(host_t5.__file__)).parent / "t5_tokenizer"
 
@@ -66,6 +66,7 @@ def encode(clip: comfy.sd.CLIP, text: str) -> tuple[list[Any], str]:
     tokens = clip.tokenize(text, disable_weights=True)
     if NAME not in tokens:
         raise ValueError(_not_t5(tokens))
+    pieces = _pieces(clip.tokenizer, tokens[NAME], text)
     if isinstance(clip.tokenizer, T5Tokens):
         cut, length = clip.tokenizer.read(text)[1], clip.tokenizer.length
     else:
@@ -74,7 +75,21 @@ def encode(clip: comfy.sd.CLIP, text: str) -> tuple[list[Any], str]:
     conditioning = clip.encode_from_tokens_scheduled(tokens)
     _check(conditioning, length)
     conditioning = [[entry[0], {**entry[1], MASK: _all_read(entry[0])}] for entry in conditioning]
-    return record_text(conditioning, clip, text, length, cut), _report(cut)
+    return record_text(conditioning, clip, text, length, cut, pieces), _report(cut)
+
+
+def _pieces(tokenizer: Any, sections: list[list[Any]], text: str) -> list[Piece]:
+    """What T5's tokens stand for; those of other loaders are of T5-XXL's vocabulary."""
+    if isinstance(tokenizer, T5Tokens):
+        ids = tokenizer.tokenizer(text, truncation=False, verbose=False)["input_ids"]
+        return t5_pieces(tokenizer.tokenizer, ids, text, tokenizer.length)
+    ids = [token[0] if isinstance(token[0], int) else UNKNOWN for token in _real(sections)]
+    return t5_pieces(_host_tokenizer(), [*ids, EOS], text, TEXT_LENGTH)
+
+
+@cache
+def _host_tokenizer() -> Any:
+    return load_tokenizer(HOST_TOKENIZER)
 
 
 def _all_read(tokens: Tensor) -> Tensor:
@@ -113,11 +128,15 @@ def _report(cut: Cut | None) -> str:
 
 def _fit(sections: list[list[Any]]) -> tuple[list[list[Any]], Cut | None]:
     """The host's (id, weight) tokens as one section of 226, and what did not fit."""
-    found = [token for section in sections for token in section if not _is(token, (EOS, PAD))]
+    found = _real(sections)
     kept = found[: TEXT_LENGTH - 1]
     section = [*kept, (EOS, 1.0)]
     cut = Cut(len(found) - len(kept), "") if len(found) > len(kept) else None
     return [section + [(PAD, 1.0)] * (TEXT_LENGTH - len(section))], cut
+
+
+def _real(sections: list[list[Any]]) -> list[Any]:
+    return [token for section in sections for token in section if not _is(token, (EOS, PAD))]
 
 
 def _is(token: Any, ids: tuple[int, ...]) -> bool:
