@@ -10,12 +10,15 @@ from .encode import MimirPhiEncode, MimirT5Encode
 from .fuse import MimirTokenFuser
 from .host import files
 from .inspect_file import MimirInspectFile
+from .inspect_tokens import MimirInspectTokens
 from .latent import MimirEmptyLatent
 from .load import MimirLoadFuser, MimirLoadModel, MimirLoadPhi, MimirLoadT5, MimirLoadTiny, MimirLoadVAE
 from .lora import MimirLoadLora
 from .plan import MimirPlan
 from .sample import MimirSampler
 from .train import MimirSaveFuser, MimirTrainFuser
+from .token_gain import MimirPhiGain, MimirT5Gain
+from .token_map import MimirTokenMap
 
 NODES: list[type[io.ComfyNode]] = [
     MimirLoadTiny,
@@ -43,6 +46,10 @@ NODES: list[type[io.ComfyNode]] = [
     MimirWorldFeatures,
     MimirTrainFuser,
     MimirSaveFuser,
+    MimirInspectTokens,
+    MimirTokenMap,
+    MimirT5Gain,
+    MimirPhiGain,
 ]
 
 

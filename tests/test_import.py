@@ -110,7 +110,7 @@ assert not hasattr(module, "comfy_entrypoint") and not hasattr(module, "NODE_CLA
 
 
 HOST = {"comfy", "comfy_api", "comfy_extras", "comfy_execution", "folder_paths", "nodes", "server"}
-OPTIONAL = {"xformers", "matplotlib", "accelerate"}  # used where it is there, or asked for by name
+OPTIONAL = {"xformers", "sklearn", "accelerate"}  # used where it is there, or asked for by name
 NAMES = {"PIL": "Pillow"}  # module -> package
 TOOLS = {"tiny", "data", "train", "bench"}  # started by hand, not by a graph; they say what they need
 
@@ -120,7 +120,8 @@ def test_a_graph_needs_nothing_beyond_requirements() -> None:
     text = (ROOT / "requirements.txt").read_text(encoding="utf-8")
     required = set(re.findall(r"^[A-Za-z]+", text, re.MULTILINE))
     assert required == {
-        "torch", "diffusers", "transformers", "safetensors", "einops", "tokenizers", "numpy", "Pillow"
+        "torch", "diffusers", "transformers", "safetensors", "einops", "tokenizers", "numpy", "Pillow",
+        "matplotlib",
     }  # fmt: skip
     core = (path for path in (ROOT / "mimir_core").rglob("*.py") if path.parent.name not in TOOLS)
     found: set[str] = set()

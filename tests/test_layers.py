@@ -19,7 +19,7 @@ FILES = sorted([*CORE.rglob("*.py"), *NODES.rglob("*.py")])
 ORDER = (
     "config attention positions diffusion tokens phi dit fuser vae sampling headers recognise scaled weights "
     "lora_names lora describe memory plan text llm provenance conditioning pipeline "
-    "labels compare data train bench tiny"
+    "labels inspect compare data train bench tiny"
 ).split()
 HOST = set("comfy comfy_api comfy_extras comfy_execution folder_paths nodes server node_helpers".split())
 LOOPS = 120  # lines of a training loop

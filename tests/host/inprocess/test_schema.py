@@ -19,6 +19,7 @@ CONTRACT = [
     "MimirVAEDecode", "MimirVAEEncode", "MimirSaveConditioning", "MimirLoadConditioning",
     "MimirCompare", "MimirCompareFusions",
     "MimirPrepareDataset", "MimirCacheFeatures", "MimirWorldFeatures", "MimirTrainFuser", "MimirSaveFuser",
+    "MimirInspectTokens", "MimirTokenMap", "MimirT5Gain", "MimirPhiGain",
 ]  # fmt: skip
 
 
