@@ -16,9 +16,9 @@ from .load import MimirLoadFuser, MimirLoadModel, MimirLoadPhi, MimirLoadT5, Mim
 from .lora import MimirLoadLora
 from .plan import MimirPlan
 from .sample import MimirSampler
-from .train import MimirSaveFuser, MimirTrainFuser
 from .token_gain import MimirPhiGain, MimirT5Gain
 from .token_map import MimirTokenMap
+from .train import MimirSaveFuser, MimirTrainFuser
 
 NODES: list[type[io.ComfyNode]] = [
     MimirLoadTiny,
