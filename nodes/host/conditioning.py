@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import comfy.model_management as management
 import folder_paths
 
-from ...mimir_core import __version__
+from ...mimir_core import __version__, tiny
 from ...mimir_core.conditioning import EXACT, Saved, load_conditions, save_conditions, zeros_like
 from ...mimir_core.provenance import (
     NO_ORIGIN,
@@ -28,6 +28,8 @@ from .files import SUFFIXES, stamp
 from .names import FOLDER, require_portable
 
 OUTPUT = " [output]"  # how core marks a file of the output folder in a list of input files
+EXAMPLE = "mimir_tiny_example.safetensors [built-in]"  # so that its template runs on a fresh ComfyUI
+EXAMPLE_FILE = Path(tiny.__file__).parent / "weights" / "example_conditioning.safetensors"
 DATE = {"yyyy": "%Y", "yy": "%y", "MM": "%m", "dd": "%d", "hh": "%H", "mm": "%M", "ss": "%S"}
 DATE_PARTS = "|".join(DATE)
 NO_NEGATIVE = (
@@ -110,18 +112,22 @@ def _dated(prefix: str) -> str:
 
 
 def choices() -> list[str]:
-    """Files of the input folder (and of input/mimir), and all below output/mimir; the newest first."""
+    """Files of the input folder (and of input/mimir), and all below output/mimir; the newest first, and
+    Mimir Tiny's example behind them."""
     given, made = Path(folder_paths.get_input_directory()), Path(folder_paths.get_output_directory())
     found = [
         (file, given, "") for folder in (given, given / FOLDER) for file in _safetensors(folder.glob("*"))
     ]
     found += [(file, made, OUTPUT) for file in _safetensors((made / FOLDER).rglob("*"))]
     found.sort(key=lambda item: item[0].stat().st_mtime, reverse=True)
-    return [file.relative_to(root).as_posix() + mark for file, root, mark in found]
+    example = [EXAMPLE] if EXAMPLE_FILE.is_file() else []
+    return [file.relative_to(root).as_posix() + mark for file, root, mark in found] + example
 
 
 def resolve(name: str) -> Path:
     """The path of a file that `choices` named. ValueError when it is gone or lies elsewhere."""
+    if name == EXAMPLE and EXAMPLE_FILE.is_file():
+        return EXAMPLE_FILE
     root = (
         folder_paths.get_output_directory() if name.endswith(OUTPUT) else folder_paths.get_input_directory()
     )

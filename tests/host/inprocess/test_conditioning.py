@@ -386,13 +386,15 @@ def test_input_and_output_are_listed_newest_first(run_node, folders):
         (folders / "input" / name).write_bytes(first.read_bytes())
         os.utime(folders / "input" / name, (2e9 + index, 2e9 + index))
     own = "mimir/conditioning_00001_.safetensors [output]"
-    assert host_conditioning.choices() == ["mimir/other.sft", "shared.safetensors", own]
+    example = host_conditioning.EXAMPLE
+    assert host_conditioning.choices() == ["mimir/other.sft", "shared.safetensors", own, example]
     node = nodes.MimirLoadConditioning
     assert torch.equal(run_node(node, file="shared.safetensors")[0][0][0], condition[0][0])
     before = node.fingerprint_inputs(file="shared.safetensors", compare=None)
     os.utime(folders / "input/shared.safetensors", (1e9, 1e9))
     assert node.fingerprint_inputs(file="shared.safetensors") != before
     assert node.validate_inputs(file=own) is True and node.validate_inputs(file=None) is True
+    assert node.validate_inputs(file=example) is True and node.fingerprint_inputs(file=example) != "missing"
     for name in ("nothing.safetensors", "../output/mimir/conditioning_00001_.safetensors", "../x [output]"):
         assert node.fingerprint_inputs(file=name) == "missing"
         with pytest.raises(ValueError, match=r"was not found. Put the file into .*input, press R"):
