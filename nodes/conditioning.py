@@ -83,8 +83,7 @@ class MimirLoadConditioning(io.ComfyNode):
                     options=saved.choices(),
                     tooltip=(
                         "Files of ComfyUI/input, where a shared file belongs, and of ComfyUI/output/mimir, "
-                        "marked [output], which you have saved yourself; the newest first. The last one is "
-                        "Mimir Tiny's example."
+                        "marked [output], which you have saved yourself; the newest first."
                     ),
                 ),
                 widget(
