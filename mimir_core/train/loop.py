@@ -111,11 +111,13 @@ def train(
 def _accelerator(config: TrainConfig, cpu: bool) -> Any:
     try:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
         from accelerate.utils import DistributedDataParallelKwargs
     except ImportError as error:
         raise ValueError("training needs the package accelerate: pip install accelerate") from error
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     share = max(1, config.batch // (config.micro_batch * processes))
+    AcceleratorState._reset_state()  # accelerate keeps the first run's precision for the whole process
     unused = DistributedDataParallelKwargs(find_unused_parameters=config.alone > 0)
     return Accelerator(
         gradient_accumulation_steps=share, mixed_precision=config.precision, cpu=cpu, kwargs_handlers=[unused]

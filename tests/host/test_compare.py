@@ -29,7 +29,7 @@ class Compared(Graph):
         loaded = self.add("MimirLoadTiny", fuser_preset="mimir")[0]
         self.model, self.t5, self.phi, self.fuser, self.vae = ([loaded, output] for output in range(5))
         self.positive, self.positive_tokens = self.read(text)
-        self.negative, self.negative_tokens = self.read("")
+        self.negative, self.negative_tokens = self.read(f"not {text}")  # nobody else has it in the cache
         self.latent = self.add("MimirEmptyLatent", width=64, height=64, frames=9, batch=1)
 
     def read(self, text: str) -> tuple[Ref, Ref]:
@@ -85,7 +85,7 @@ def cells(grid: torch.Tensor, video: torch.Tensor) -> int:
 
 
 def test_the_grid_shows_what_each_variant_makes_alone(host: Client) -> None:
-    graph = Compared(host)
+    graph = Compared(host, "a cyan triangle moves down")
     found = graph.frames(
         grid=graph.all_in_one("T5 only", "decoder_only", "norm_ss", "mimir"),
         plain=graph.alone("as trained", 0.0),

@@ -22,7 +22,7 @@ NODES = {
 }  # fmt: skip
 OURS = re.compile(r"(?<!\.)mimir", re.IGNORECASE)  # .mimir is the folder that run.py keeps a ComfyUI in
 # How ComfyUI logs a prompt that it refuses before running it, which other tests ask for on purpose.
-REFUSED = re.compile(r"Failed to validate prompt|\* Mimir\w+ \S+:$")
+REFUSED = re.compile(r"Failed to validate prompt|Exception when validating inner node|\* Mimir\w+ \S+:$")
 TROUBLE = re.compile(r"error|warning|traceback|exception|failed|deprecat", re.IGNORECASE)
 
 
