@@ -9,7 +9,7 @@ Stages, each resumed where it stopped when the same command is run again:
     mimir     the DiT and the Token Fuser, from the baseline
     polish    both, more slowly
     control   two short runs from the baseline, with and without the language model: what to compare
-    export    writes the parts as float16 safetensors
+    export    writes the parts as float16 safetensors (--run, --to)
 
 One thread per process is fastest on a CPU with few cores; processes may work on different stages, or on
 different shards of the features.
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ class Recipe:
         self._train(dit_train.treated)
         self._train(dit_train.control)
 
-    def export(self, target: Path = WEIGHTS, run: str = "polish") -> None:
+    def export(self, target: Path, run: str) -> None:
         """Every part into `target`, in float16, the networks of one of the runs."""
         target.mkdir(parents=True, exist_ok=True)
         vae, half = self._vae("cpu"), torch.float16
@@ -169,15 +170,19 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=16, help="of 1,000 clips each")
     parser.add_argument("--first-shard", type=int, default=0, help="for a second process")
     parser.add_argument("--vae", type=Path, help="a trained VAE of this world, instead of a new one")
+    parser.add_argument("--run", default="polish", help="whose networks `export` takes, for example: treated")
+    parser.add_argument("--to", type=Path, default=WEIGHTS, help="where `export` writes (default: what ships)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     if options.device == "cpu":
         torch.set_num_threads(1)
     shards = range(options.first_shard, options.shards)
     recipe = Recipe(options.out, options.seed, options.device, shards, options.vae)
+    stages = {name: getattr(recipe, name) for name in STAGES}
+    stages["export"] = partial(recipe.export, options.to, options.run)
     for stage in STAGES:
         if stage in options.stages:
-            getattr(recipe, stage)()
+            stages[stage]()
 
 
 if __name__ == "__main__":
