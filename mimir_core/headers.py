@@ -131,7 +131,8 @@ def fingerprint(*paths: Path) -> str:
 
     It sees each file's size, its whole header (names, shapes, dtypes, metadata) and 64 blocks of 64 KiB
     evenly spaced over the tensors; files up to 4 MiB wholly. Retrained or converted weights differ; a change
-    of a few bytes between two blocks of a large file is not seen. Names of files do not count.
+    of a few bytes between two blocks of a large file is not seen. Names of files do not count, nor does the
+    order of a header's entries, which safetensors leaves to chance.
     """
     digest = hashlib.sha256()
     for path in paths:
@@ -146,7 +147,7 @@ def _digest(file: Path, digest: Any) -> None:
     with file.open("rb") as opened:
         start = opened.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        digest.update(start + opened.read(min(length, MAX_HEADER)))
+        digest.update(start + _sorted(opened.read(min(length, MAX_HEADER))))
         first = opened.tell()
         if size - first <= BLOCK * BLOCKS:
             digest.update(opened.read())
@@ -154,6 +155,14 @@ def _digest(file: Path, digest: Any) -> None:
         for block in range(BLOCKS):
             opened.seek(first + (size - first - BLOCK) * block // (BLOCKS - 1))
             digest.update(opened.read(BLOCK))
+
+
+def _sorted(header: bytes) -> bytes:
+    """A header's JSON in one order; what is no JSON as it is."""
+    try:
+        return json.dumps(json.loads(header), sort_keys=True).encode()
+    except (ValueError, RecursionError):
+        return header
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -71,3 +71,15 @@ def test_a_folder_is_its_files_and_a_reader_says_the_same(tmp_path):
     save_fuser(tmp_path / "fuser.safetensors", config, untrained_state(config))
     found = read_fuser(tmp_path / "fuser.safetensors").origin
     assert found == {"file": "fuser.safetensors", "fingerprint": fingerprint(tmp_path)}
+
+
+def test_the_order_of_a_headers_entries_does_not_count(tmp_path):
+    """safetensors writes metadata in an order of chance: the same content has one fingerprint."""
+    tensors = {"a": torch.ones(3), "b": torch.zeros(2)}
+    metadata = {name: name * 3 for name in ("config", "training", "format", "preset")}
+    marks = set()
+    for index in range(8):
+        file = tmp_path / f"{index}.safetensors"
+        save_file(tensors, file, metadata=metadata)
+        marks.add(fingerprint(file))
+    assert len(marks) == 1

@@ -12,14 +12,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mimir_core import weights
 from mimir_core.config import DiffusionConfig, DiTConfig
 from mimir_core.dit import CogVideoXTransformer
 from mimir_core.fuser import TokenFuser
+from mimir_core.headers import fingerprint
 from mimir_core.train.config import TrainConfig
-from mimir_core.train.features import FeatureSet, Index, write_index, write_shard
+from mimir_core.train.features import FeatureSet, Index, complete, write_index, write_shard
 from mimir_core.train.loop import Progress, Stopped, train
 from mimir_core.train.optimiser import rate_share
 from mimir_core.train.trainee import Batch, Drawing, Trainee, build
@@ -264,3 +266,48 @@ def test_wrong_settings_are_refused(made, tmp_path):
     with pytest.raises(ValueError, match=r"other settings: seed \(0, now 1\)"):
         train(replace(config, seed=1), cpu=True)
     train(replace(config, steps=8), cpu=True)  # longer is allowed
+
+
+def header(file: Path) -> dict:
+    with safe_open(str(file), framework="pt") as opened:
+        return json.loads(opened.metadata()["training"])
+
+
+def test_a_fuser_trained_with_its_dit_belongs_to_the_trained_dit(made, tmp_path):
+    """With the DiT frozen it belongs to the one it started from."""
+    run = train(replace(made, train="fuser+dit", run=str(tmp_path / "both")), cpu=True)
+    start = fingerprint(Path(made.base))
+    run = train(replace(made, train="fuser+dit", run=str(tmp_path / "both")), cpu=True)
+    trained = run / "transformer.safetensors"
+    assert header(trained)["base"]["fingerprint"] == start
+    assert header(run / "fuser.safetensors")["base"]["fingerprint"] == fingerprint(trained) != start
+    run = train(replace(made, run=str(tmp_path / "fuser")), cpu=True)
+    assert header(run / "fuser.safetensors")["base"]["fingerprint"] == start
+
+
+def test_the_header_says_how_many_steps_there_were(made, tmp_path):
+    """Not how many were asked for: after a stop, and when an older run has more."""
+    config = replace(made, run=str(tmp_path / "run"))
+
+    def stop(progress: Progress) -> None:
+        if progress.step == 2:
+            raise Stopped
+
+    for asked, report, expected in ((6, stop, 2), (6, lambda _: None, 6), (4, lambda _: None, 6)):
+        run = train(replace(config, steps=asked), report, cpu=True)
+        assert header(run / "fuser.safetensors")["steps"] == expected
+
+
+def test_fp16_on_a_cpu_is_refused_in_words(made, tmp_path):
+    with pytest.raises(ValueError, match="needs a graphics card"):
+        train(replace(made, precision="fp16", run=str(tmp_path / "run")), cpu=True)
+
+
+def test_a_damaged_shard_is_named(made, tmp_path):
+    features = tmp_path / "features"
+    shutil.copytree(made.features, features)
+    (features / "0001.safetensors").write_bytes(b"junk")
+    with pytest.raises(ValueError, match="0001.safetensors is damaged"):
+        train(replace(made, features=str(features), run=str(tmp_path / "run")), cpu=True)
+    assert not complete(features / "0001.safetensors", 3)
+    assert complete(features / "0000.safetensors", 5) and not complete(features / "0000.safetensors", 4)

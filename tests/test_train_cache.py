@@ -93,6 +93,16 @@ def test_stopping_and_going_on_gives_the_same_bits(config, encoders, tmp_path):
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
 
 
+def test_a_damaged_shard_is_made_anew(config, encoders, tmp_path):
+    made = replace(config, out=str(tmp_path / "made"))
+    cache(made, encoders)
+    whole = content(tmp_path / "made")
+    for damage in (b"junk", whole["00000.safetensors"][:-100]):
+        (tmp_path / "made" / "00000.safetensors").write_bytes(damage)
+        cache(made, encoders)
+        assert content(tmp_path / "made") == whole
+
+
 def test_sampled_answers_scatter_and_prompts_do_not(config, encoders, tmp_path):
     hot = replace(config, out=str(tmp_path / "hot"), answers=4, temperature=2.0)
     cache(hot, encoders)

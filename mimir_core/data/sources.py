@@ -38,7 +38,7 @@ def find(videos: Path, out: Path) -> Sources:
         raise ValueError(f"{videos} is neither a folder of videos nor a .txt file that lists them")
     files = [name for name in names if Path(name).suffix.lower() not in SUFFIXES]
     if not files:
-        raise ValueError(f"{videos} names no videos")
+        raise ValueError(f"{videos} holds no videos: give a folder of them, or a list with one path a line")
     texts = {name for name in names if Path(name).suffix.lower() in SUFFIXES}
     if not videos.is_dir():
         beside = (

@@ -170,8 +170,8 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=16, help="of 1,000 clips each")
     parser.add_argument("--first-shard", type=int, default=0, help="for a second process")
     parser.add_argument("--vae", type=Path, help="a trained VAE of this world, instead of a new one")
-    parser.add_argument("--run", default="polish", help="whose networks `export` takes, for example: treated")
-    parser.add_argument("--to", type=Path, default=WEIGHTS, help="where `export` writes (default: what ships)")
+    parser.add_argument("--run", default="polish", help="whose networks `export` takes")
+    parser.add_argument("--to", type=Path, default=WEIGHTS, help="where `export` writes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     if options.device == "cpu":

@@ -30,7 +30,7 @@ from ..phi import Phi3ForCausalLM
 from ..text import PhiTokenizer, T5Encoder
 from ..tokens import LlmTokens
 from ..vae import encode
-from .features import NULL, Index, Shard, padded, write_index, write_shard
+from .features import NULL, Index, Shard, complete, padded, write_index, write_shard
 
 PLAN = "plan.json"
 
@@ -142,7 +142,7 @@ def cache(
     shards: list[Shard] = []
     for index, part in enumerate(parts):
         name = f"{index:05d}.safetensors"
-        if not (folder / name).is_file():
+        if not complete(folder / name, len(part)):
             write_shard(folder, name, _features(config, encoders, part))
         shards.append(Shard(name, len(part), _latent_size(part[0].bucket, encoders)))
         report(sum(shard.clips for shard in shards), len(clips))
@@ -226,8 +226,8 @@ def _same_plan(folder: Path, config: CacheConfig, encoders: Readers, clips: Sequ
         changed = sorted(name for name in plan if known.get(name) != plan[name])
         if changed:
             raise ValueError(
-                f"{folder} holds features made with other {', '.join(changed)}: choose another folder, or "
-                "delete this one to make them again."
+                f"{folder} holds features made with other {', '.join(changed)}: choose another name or "
+                "folder, or delete this one to make them again."
             )
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -121,7 +121,13 @@ class FeatureSet:
 
     def _file(self, file: str) -> Any:
         if file not in self._open:
-            self._open[file] = safe_open(str(self.folder / file), framework="pt", device="cpu")
+            try:
+                self._open[file] = safe_open(str(self.folder / file), framework="pt", device="cpu")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(
+                    f"{self.folder / file} is damaged ({error}): delete it and cache the features again, "
+                    "which makes the missing file anew."
+                ) from error
         return self._open[file]
 
 
@@ -153,6 +159,16 @@ def write_shard(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> Shard
     partial.replace(folder / name)
     size = tuple(tensors["latents"].shape[1:]) if "latents" in tensors else (0, 0, 0, 0)
     return Shard(name, len(tensors["t5"]), size)  # type: ignore[arg-type]
+
+
+def complete(path: Path, clips: int) -> bool:
+    """Whether `path` is a whole shard of `clips` clips, by its header and size."""
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            held = {name: file.get_slice(name).get_shape()[0] for name in file.keys()}
+    except (SafetensorError, OSError):
+        return False
+    return set(REQUIRED) <= held.keys() and set(held.values()) == {clips}
 
 
 def write_index(folder: Path, index: Index) -> None:

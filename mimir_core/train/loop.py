@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..headers import fingerprint
 from .config import TrainConfig
 from .features import FeatureSet
 from .folder import Place, RunFolder, export_fuser, export_lora, export_transformer, trained_state
@@ -66,7 +67,7 @@ def train(
         folder.forget_after(start)
     mine = _places(config, accelerator.process_index, accelerator.num_processes)
     parameters = [p for p in wrapped.parameters() if p.requires_grad]
-    began, stopped = time.monotonic(), False
+    began, stopped, done = time.monotonic(), False, start
     for step in range(start, config.steps):
         # Draw and learn: every forward pass takes micro_batch clips, their gradients add up.
         total = torch.zeros((), device=accelerator.device)
@@ -104,7 +105,7 @@ def train(
             _look(accelerator, wrapped, optimisers, look, folder.path / "validation" / f"{done:08d}.png")
         if stopped:
             break
-    _export(accelerator, wrapped, optimisers, config, features, folder.path)
+    _export(accelerator, wrapped, optimisers, config, features, folder.path, done)
     return folder.path
 
 
@@ -115,6 +116,8 @@ def _accelerator(config: TrainConfig, cpu: bool) -> Any:
         from accelerate.utils import DistributedDataParallelKwargs
     except ImportError as error:
         raise ValueError("training needs the package accelerate: pip install accelerate") from error
+    if config.precision == "fp16" and (cpu or not torch.cuda.is_available()):
+        raise ValueError("float16 (fp16) needs a graphics card: train in float32 or bfloat16 on a CPU")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     share = max(1, config.batch // (config.micro_batch * processes))
     AcceleratorState._reset_state()  # accelerate keeps the first run's precision for the whole process
@@ -195,8 +198,9 @@ def _export(
     config: TrainConfig,
     features: FeatureSet,
     path: Path,
+    steps: int,
 ) -> None:
-    """The files that nodes load, with what they were trained on."""
+    """The files that nodes load, with what they were trained on. `steps`: how many there have been."""
     swap_average(optimisers)
     state = trained_state(model)
     swap_average(optimisers)
@@ -206,21 +210,20 @@ def _export(
     header = {
         "base": trainee.origin,
         "features": features.fingerprint(),
-        "steps": config.steps,
+        "steps": steps,
         "train": config.train,
         **{name: features.index.origins.get(name) for name in ("t5", "phi")},
     }
+    if config.train in ("dit", "fuser+dit"):
+        dit, file = trainee.dit, path / "transformer.safetensors"
+        export_transformer(file, dit.config, trainee.diffusion, _under(state, "dit."), **header)
+        header["base"] = {"file": file.name, "fingerprint": fingerprint(file)}  # what the fuser belongs to
     if trainee.fuser is not None:
         fuser = _under(state, "fuser.")
         export_fuser(path / "fuser.safetensors", trainee.fuser.config, fuser, preset=config.preset, **header)
     lora = {name: tensor for name, tensor in _under(state, "dit.").items() if "lora_" in name}
     if lora:
         export_lora(path / "lora.safetensors", lora, config.lora_rank, config.lora_alpha, **header)
-    elif config.train in ("dit", "fuser+dit"):
-        dit = trainee.dit
-        export_transformer(
-            path / "transformer.safetensors", dit.config, trainee.diffusion, _under(state, "dit."), **header
-        )
 
 
 def _under(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from ...mimir_core.provenance import (
 )
 from ...mimir_core.text import Cut, Piece
 from .files import SUFFIXES, stamp
-from .names import FOLDER, require_portable
+from .names import DATASETS, FEATURES, FOLDER, RUNS, require_portable
 
 OUTPUT = " [output]"  # how core marks a file of the output folder in a list of input files
 EXAMPLE = "mimir_tiny_example.safetensors [built-in]"  # so that its template runs on a fresh ComfyUI
@@ -112,16 +112,22 @@ def _dated(prefix: str) -> str:
 
 
 def choices() -> list[str]:
-    """Files of the input folder (and of input/mimir), and all below output/mimir; the newest first, and
-    Mimir Tiny's example behind them."""
+    """Files of the input folder (and of input/mimir), and below output/mimir what training has not made; the
+    newest first, and Mimir Tiny's example behind them."""
     given, made = Path(folder_paths.get_input_directory()), Path(folder_paths.get_output_directory())
     found = [
         (file, given, "") for folder in (given, given / FOLDER) for file in _safetensors(folder.glob("*"))
     ]
-    found += [(file, made, OUTPUT) for file in _safetensors((made / FOLDER).rglob("*"))]
+    below = _safetensors((made / FOLDER).rglob("*"))
+    found += [(file, made, OUTPUT) for file in below if not _of_training(file, made)]
     found.sort(key=lambda item: item[0].stat().st_mtime, reverse=True)
     example = [EXAMPLE] if EXAMPLE_FILE.is_file() else []
     return [file.relative_to(root).as_posix() + mark for file, root, mark in found] + example
+
+
+def _of_training(file: Path, made: Path) -> bool:
+    """Whether a file below output/mimir is features, a checkpoint or what a run has trained."""
+    return file.relative_to(made / FOLDER).parts[0] in (DATASETS, FEATURES, RUNS)
 
 
 def resolve(name: str) -> Path:

@@ -28,6 +28,9 @@ SHARD = 32  # clips of the built-in world that are made between two looks at the
 NOT_PHI = (
     "Cache Features got another encoder as clip_phi. Connect Load Phi-3.5 there, and Load T5 to clip_t5."
 )
+NO_INSTRUCTIONS = (
+    "instructions is empty: write one or more, a line each. A fuser takes as many later as in training."
+)
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,9 @@ def cache_features(clips: str, name: str, encoders: tuple[Any, Any, Any], **sett
     """
     if not phi.is_phi(encoders[1]):
         raise ValueError(NOT_PHI)
-    folder, out = place(DATASETS, clips), place(FEATURES, name)
+    if not settings["instructions"]:
+        raise ValueError(NO_INSTRUCTIONS)
+    folder, out = place(DATASETS, clips, "dataset"), place(FEATURES, name)
     videos = dataset.videos_of(folder)
     fps, total = DataConfig.read_json(folder / "config.json").output.fps, len(captioned(folder))
     with one_bar() as step:
@@ -115,12 +120,12 @@ def cache_features(clips: str, name: str, encoders: tuple[Any, Any, Any], **sett
 
 def fingerprint_clips(name: str | None) -> str:
     """Of a prepared dataset that is named rather than linked."""
-    return "" if name is None else _stamp(place(DATASETS, name) / CLIPS)
+    return "" if name is None else _stamp(place(DATASETS, name, "dataset") / CLIPS)
 
 
 def fingerprint_features(name: str | None) -> str:
     """Of features that are named rather than linked."""
-    return "" if name is None else _stamp(place(FEATURES, name) / INDEX)
+    return "" if name is None else _stamp(place(FEATURES, name, "features") / INDEX)
 
 
 def _stamp(file: Path) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...mimir_core import weights
 from ...mimir_core.config import FUSER_PRESETS, FuserConfig, to_dict
 from ...mimir_core.fuser import TokenFuser
+from ...mimir_core.headers import fingerprint
 from ...mimir_core.provenance import NO_ORIGIN, UNKNOWN, current, unlike_training
 from ...mimir_core.tokens import LlmTokens
 from .conditioning import fused_options
@@ -96,7 +97,7 @@ def save_fuser(fuser: Fuser, folder: Path, name: str) -> Path:
 
 
 def _is_another(path: Path, partial: Path) -> bool:
-    return path.exists() and path.read_bytes() != partial.read_bytes()
+    return path.exists() and fingerprint(path) != fingerprint(partial)
 
 
 def is_trained(config: FuserConfig, state: dict[str, Tensor]) -> bool:

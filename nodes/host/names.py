@@ -26,17 +26,20 @@ _made: dict[str, Path] = {}
 _lost: Counter[str] = Counter()
 
 
-def place(kind: str, name: str) -> Path:
-    """The folder output/mimir/<kind>/<name>, which need not be there. ValueError for a name that is none."""
-    return Path(folder_paths.get_output_directory(), FOLDER, kind, checked(name))
+def place(kind: str, name: str, what: str = "name") -> Path:
+    """The folder output/mimir/<kind>/<name>, which need not be there. ValueError for a name that is none.
+
+    what: how the node calls this input.
+    """
+    return Path(folder_paths.get_output_directory(), FOLDER, kind, checked(name, what))
 
 
-def checked(name: str) -> PurePosixPath:
+def checked(name: str, what: str = "name") -> PurePosixPath:
     """A name below some folder. ValueError for an empty one, one that leads elsewhere or is not portable."""
     below = PurePosixPath(name.strip().replace("\\", "/"))  # Windows takes both
     if not below.parts or below.is_absolute() or ".." in below.parts:
-        raise ValueError(f"name is {_shown(name)}: expected a plain name such as 'my_videos', without '..'.")
-    require_portable("name", str(below))
+        raise ValueError(f"{what} is {_shown(name)}: expected a plain name like 'my_videos', without '..'.")
+    require_portable(what, str(below))
     return below
 
 

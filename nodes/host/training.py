@@ -117,7 +117,7 @@ def _minutes(seconds: float) -> str:
 
 
 def _features(name: str) -> FeatureSet:
-    folder = place(FEATURES, name)
+    folder = place(FEATURES, name, "features")
     if not folder.is_dir():
         raise ValueError(
             f"There are no features called '{name}': connect Cache Features, or type the name of older ones."
@@ -227,16 +227,17 @@ def _result(config: TrainConfig, model: Any) -> Trained:
     elif config.train != "fuser":
         model = load_dit(folder / "transformer.safetensors")
         files.append("transformer.safetensors (for Load Mimir DiT: copy it into models/diffusion_models)")
-    return Trained(fuser, model, {"loss": average(list(losses.values()))}, _report(folder, losses, files))
+    return Trained(fuser, model, {"loss": average(list(losses.values()))}, _report(config, losses, files))
 
 
-def _report(folder: Path, losses: Mapping[int, float], files: list[str]) -> str:
+def _report(config: TrainConfig, losses: Mapping[int, float], files: list[str]) -> str:
     values = list(losses.values())
     part = max(1, len(values) // 10)
     first, last = sum(values[:part]) / part, sum(values[-part:]) / part
+    more = f" This run already had more than {config.steps}." if max(losses) > config.steps else ""
     return (
-        f"{max(losses)} steps, loss {first:.4f} in the first tenth and {last:.4f} in the last.\n"
-        f"In {shown_place(folder)}: {', '.join(files)}."
+        f"{max(losses)} steps, loss {first:.4f} in the first tenth and {last:.4f} in the last.{more}\n"
+        f"In {shown_place(Path(config.run))}: {', '.join(files)}."
     )
 
 

@@ -399,3 +399,16 @@ def test_input_and_output_are_listed_newest_first(run_node, folders):
         assert node.fingerprint_inputs(file=name) == "missing"
         with pytest.raises(ValueError, match=r"was not found. Put the file into .*input, press R"):
             node.validate_inputs(file=name)
+
+
+def test_what_training_has_made_is_not_offered(folders):
+    """Shards, checkpoints and fusers lie below output/mimir too, and would push conditions out of sight."""
+    output = folders / "output"
+    for name in ("training/run_001/checkpoints/1/model", "features/set/0000", "datasets/x"):
+        file = output / "mimir" / f"{name}.safetensors"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"x")
+    (output / "mimir" / "mine").mkdir()
+    (output / "mimir" / "mine" / "dog.safetensors").write_bytes(b"x")
+    offered = host_conditioning.choices()
+    assert [name for name in offered if name.startswith("mimir/")] == ["mimir/mine/dog.safetensors [output]"]

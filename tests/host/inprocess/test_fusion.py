@@ -188,3 +188,10 @@ def test_a_fuser_that_was_trained_with_other_models_says_so():
     )
     Model.model.origin = origin("c")
     assert strange_base(Model, fused) == "" and strange_base(Model, condition()) == ""
+
+
+def test_the_same_fuser_is_saved_once_and_another_beside_it(tmp_path):
+    """Whatever order safetensors gives to the entries of a header."""
+    fuser, _ = trained()
+    assert {host_fuser.save_fuser(fuser, tmp_path, "mine").name for _ in range(6)} == {"mine.safetensors"}
+    assert host_fuser.save_fuser(trained("norm")[0], tmp_path, "mine").name == "mine_2.safetensors"
