@@ -13,6 +13,7 @@ from torch import Tensor
 from .labels import BACKGROUND, text_block
 
 GAP = 4  # pixels between cells and around them
+LETTERS = 14  # pixels of a label's letters; on wide videos a fortieth of their width
 SMALL = 192  # videos narrower than this are enlarged
 
 
@@ -27,7 +28,7 @@ def compare(videos: Sequence[Tensor], labels: Sequence[str], columns: int = 0) -
     cells = [video.repeat_interleave(factor, 1).repeat_interleave(factor, 2) for video in videos]
     height, width = (max(_even(cell.shape[axis]) for cell in cells) for axis in (1, 2))
     frames = max(len(cell) for cell in cells)
-    captions = [text_block(label, width) for label in labels]
+    captions = [text_block(label, width, max(LETTERS, width // 40)) for label in labels]
     strip = max(len(caption) for caption in captions)
     columns = min(columns, len(cells)) or best_columns(len(cells), width + GAP, height + strip + GAP)
     rows = math.ceil(len(cells) / columns)
@@ -40,6 +41,15 @@ def compare(videos: Sequence[Tensor], labels: Sequence[str], columns: int = 0) -
         place = picture[:, y : y + cell.shape[1], x : x + cell.shape[2]]
         place[: len(cell)], place[len(cell) :] = cell, cell[-1]
     return picture
+
+
+def repeated(videos: Sequence[Tensor]) -> dict[int, int]:
+    """{index: index of the first video that is the same, bit for bit} of the videos that repeat another."""
+    first = {
+        index: next(other for other in range(index + 1) if torch.equal(videos[other], video))
+        for index, video in enumerate(videos)
+    }
+    return {index: other for index, other in first.items() if other != index}
 
 
 def enlargement(videos: Sequence[Tensor]) -> int:

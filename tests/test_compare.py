@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mimir_core.compare import best_columns, compare
+from mimir_core.compare import best_columns, compare, repeated
 from mimir_core.labels import MORE, drawable, font, text_block, wrap
 
 
@@ -47,6 +47,19 @@ def test_a_shorter_video_holds_its_last_frame_and_a_smaller_one_is_centred():
     assert y == top + 50 and x == left + 300 + 4 + (300 - 201) // 2
     cell = picture[:, y : y + 100, x : x + 201]
     assert torch.equal(cell[:3], short) and torch.equal(cell[3:], short[-1:].expand(6, -1, -1, -1))
+
+
+def test_labels_grow_with_the_videos():
+    """As large in the picture, however large the picture is; never smaller than can be read."""
+    small, wide = (compare(videos((1, 40, width)), ["a"]) for width in (480, 1920))
+    strips = [picture.shape[1] - 40 - 8 for picture in (small, wide)]
+    assert strips[0] == len(text_block("a", 480)) and strips[1] > 2.5 * strips[0]
+    assert strips[1] == len(text_block("a", 1920, 48))
+
+
+def test_videos_that_repeat_another_are_found():
+    a, b = videos((2, 8, 8), (2, 8, 8))
+    assert repeated([a, b, a.clone(), b[:1], b.clone()]) == {2: 0, 4: 1} and repeated([a, b]) == {}
 
 
 def test_columns():

@@ -4,7 +4,7 @@ from typing import Any
 
 from comfy_execution.graph_utils import GraphBuilder
 
-from ...mimir_core.compare import compare
+from ...mimir_core.compare import compare, repeated
 from ...mimir_core.config import FUSER_PRESETS
 from .fuser import AS_TRAINED, PRESETS
 
@@ -20,11 +20,22 @@ LABELS = {
 
 
 def compare_images(images: list[Any], labels: str, columns: int) -> Any:
-    """The grid of the connected IMAGEs; without labels their letters."""
-    letters = [letter for letter, image in zip(NAMES, images) if image is not None]
-    written = [line.strip() for line in labels.strip().splitlines()]
+    """The grid of the connected IMAGEs; without labels their letters. A repeated video is labelled so."""
+    names = [letter for letter, image in zip(NAMES, images) if image is not None]
     videos = [image[..., :3].cpu().float() for image in images if image is not None]
-    return compare(videos, written or letters, columns)
+    if labels.strip():
+        names = _lines(labels, len(videos))
+    for index, other in (repeated(videos) if len(names) == len(videos) else {}).items():
+        names[index] += f"\n= {names[other] or f'video {other + 1}'}, bit for bit"
+    return compare(videos, names, columns)
+
+
+def _lines(labels: str, count: int) -> list[str]:
+    """The labels, one per line and any of them empty; what there is beyond `count` must not be empty."""
+    lines = [line.strip() for line in labels.replace("\r\n", "\n").split("\n")]
+    while len(lines) > count and "" in (lines[-1], lines[0]):
+        lines.pop(0 if lines[-1] else -1)
+    return lines
 
 
 def chosen_variants(text: str) -> list[str]:
