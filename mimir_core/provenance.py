@@ -25,6 +25,9 @@ RECORD = "mimir"  # the key of a record among a condition's options
 UNKNOWN = "unknown"
 NO_ORIGIN = {"file": UNKNOWN, "fingerprint": UNKNOWN}
 QUOTED = 200  # characters of a text that a report shows
+FUSED = (
+    "This condition has been through Token Fuser already. Connect that of T5 Encode, from before Token Fuser."
+)
 SHORT = 12  # characters of a fingerprint that a report shows
 
 Record = dict[str, Any]
@@ -74,6 +77,14 @@ def text_record(
 def fused_record(text: Mapping[str, Any] | None, llm: Mapping[str, Any], fuser: Mapping[str, Any]) -> Record:
     """The record of fused tokens: T5's `text` record (None when another node made the condition) and more."""
     return {**(text or text_record(UNKNOWN, None, 0)), "llm": dict(llm), "fuser": dict(fuser)}
+
+
+def require_unfused(condition: Sequence[Entry]) -> None:
+    """ValueError when a part of the condition is fused: what follows is meant for T5's own tokens."""
+    for _, options in condition:
+        record = options.get(RECORD)
+        if isinstance(record, Mapping) and isinstance(record.get("fuser"), Mapping):
+            raise ValueError(FUSED)
 
 
 def recorded_pieces(record: Mapping[str, Any] | None) -> list[tuple[str, str]]:

@@ -61,6 +61,16 @@ def load_tokenizer(folder: str | Path) -> Any:
         ) from error
 
 
+def require_whole(name: str, text: str) -> None:
+    """ValueError where a text has half of a character that takes two, which no tokenizer can read."""
+    half = next((place for place, letter in enumerate(text) if "\ud800" <= letter <= "\udfff"), None)
+    if half is not None:
+        raise ValueError(
+            f"The {name} has half of a character at place {half + 1} ('{text[:half][-20:]}...'), perhaps an "
+            "emoji that was cut in two: delete it and write it again."
+        )
+
+
 # --- T5 -----------------------------------------------------------------------------------------------------
 
 

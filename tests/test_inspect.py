@@ -1,4 +1,4 @@
-"""Inspect Tokens and the gains: numbers are torch's, shares sum to one, pieces are literal, pictures hold."""
+"""Inspect Tokens: numbers are torch's, shares sum to one, pieces are literal, pictures hold."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from mimir_core.config import FUSER_PRESETS, FuserConfig
 from mimir_core.fuser import TokenFuser
 from mimir_core.inspect import draw_tokens
 from mimir_core.inspect.dissect import Fusion, dissect, histogram, llm_shares, range_ratio
-from mimir_core.inspect.gain import gain_llm, gain_t5
-from mimir_core.inspect.pieces import find, t5_pieces
+from mimir_core.inspect.pieces import t5_pieces
 from mimir_core.inspect.report import Settings, summary, token_report
 from mimir_core.llm import encode_prompt
 from mimir_core.pipeline import Models
-from mimir_core.provenance import RECORD, current, describe, recorded_pieces, sealed, text_record
+from mimir_core.provenance import recorded_pieces, text_record
 from mimir_core.text import literal
 from mimir_core.text import t5_pieces as spell
 from mimir_core.tiny.parts import load_parts
@@ -107,6 +106,7 @@ def test_numbers_are_those_of_the_tensors(preset: str) -> None:
     report = token_report(found, llm, record(), TRAINED)
     for index, entry in enumerate(report["positions"]):
         assert entry["share_t5"] + entry["share_llm"] == pytest.approx(1, abs=1e-9)
+        assert entry["t5_before"] == pytest.approx(text()[0, index].norm().item(), rel=1e-5)
         assert entry["t5"] == pytest.approx(found.encoder[index].norm().item(), rel=1e-5)
         assert entry["llm"] == pytest.approx(found.decoder[index].norm().item(), rel=1e-5)
         assert entry["fused"] == pytest.approx(found.fused[index].norm().item(), rel=1e-5)
@@ -120,7 +120,9 @@ def test_numbers_are_those_of_the_tensors(preset: str) -> None:
         if piece["used"]:
             assert piece["share"] == report["positions"][index]["share_llm"] > 0
     for piece in report["t5"]["pieces"]:
-        assert piece["share"] == report["positions"][piece["position"]]["share_t5"]
+        placed = report["positions"][piece["position"]]
+        assert piece["share"] == placed["share_t5"] and piece["norm"] == placed["t5"]
+        assert piece["norm_before"] == placed["t5_before"]
     json.dumps(report, allow_nan=False)
 
 
@@ -198,7 +200,7 @@ def test_before_normalisation_the_built_in_llm_is_wider_than_t5_and_after_it_is_
         t5, raw, normed = (histogram(part) for part in (found.text, found.raw, found.normed))
         before, after = range_ratio(raw, t5), range_ratio(normed, t5)
         print(f"layer {layer}: LLM range {before:.2f} times T5's before Norm and scale, {after:.2f} after")
-        assert before > 1.2 and after < 1
+        assert before is not None and before > 1.2 and after is not None and after < 1
         for part, kept in ((found.raw, raw), (found.normed, normed), (hidden, t5)):
             assert kept["max"] - kept["min"] == pytest.approx((part.max() - part.min()).item(), rel=1e-4)
 
@@ -259,77 +261,53 @@ def test_a_condition_of_another_node_has_positions_only() -> None:
     assert [piece["position"] for piece in report["t5"]["pieces"]] == list(range(N))
 
 
-# --- gain ---------------------------------------------------------------------------------------------------
+# --- what is said -------------------------------------------------------------------------------------------
 
 
-def test_a_piece_is_found_by_its_text() -> None:
-    names = ["a", " red", " cir", "cle", " red", " \U0001f642", "", "", " re", "d"]
+def test_instruction_tokens_count_as_something_added() -> None:
+    llm = tokens(answer=0)
+    module = fuser(llm_tokens="answer")
+    said = summary(token_report(dissect(module, text(), llm), llm, record(), TRAINED))
+    assert "no token of the language model is in the sum; behind it: 4 instruction tokens" in said
+    said = summary(token_report(dissect(fuser(), text(), tokens()), tokens(), record(), TRAINED))
+    assert "in the sum: 8 tokens of the language model" in said and "behind it: 4 instruction tokens" in said
+    alone = fuser("baseline")
+    said = summary(token_report(dissect(alone, text(), llm), llm, record(), TRAINED))
+    assert "nothing of the language model is added" in said
+
+
+def test_where_there_is_no_range_there_is_no_ratio(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = tokens(answer=0)
+    report = token_report(dissect(fuser(llm_tokens="answer"), text(), llm), llm, record(), TRAINED)
+    assert report["range_ratio"] == {"before": None, "after": None}
+    words = [text.get_text() for text in texts_of(report, monkeypatch)[1]]
+    assert "before Norm and scale: no ratio of the ranges" in words
+    zero = dissect(fuser(), torch.zeros(1, N, DT), tokens())
+    assert token_report(zero, tokens(), record(), TRAINED)["range_ratio"]["before"] is None
+
+
+def test_zeroed_t5_has_the_norm_zero_and_its_branch_is_said_to_be_the_fusers() -> None:
+    zero = token_report(dissect(fuser(), torch.zeros(1, N, DT), tokens()), tokens(), record(), TRAINED)
+    assert {entry["t5_before"] for entry in zero["positions"]} == {0.0}
+    assert all(entry["t5"] > 0 for entry in zero["positions"])
+    assert "T5's tokens are all zero" in " ".join(zero["notes"])
+    plain = token_report(dissect(fuser(), text(), tokens()), tokens(), record(), TRAINED)
+    assert "all zero" not in " ".join(plain["notes"])
+
+
+def test_two_prompts_and_another_layer_are_said() -> None:
+    def notes(settings: Settings = TRAINED, **changes: Any) -> str:
+        llm = tokens(**{"prompt": "a  red \u2603", **changes})
+        module = None if settings.passes else fuser()
+        return " ".join(token_report(dissect(module, text(), llm), llm, record(), settings)["notes"])
+
+    assert notes() == ""
+    assert "Phi-3.5 read another prompt than T5: 'a blue'" in notes(prompt="a blue")
     assert (
-        find(names, "red") == [1] and find(names, " red ", 2) == [4] and find(names, "red", 0) == [1, 4, 8, 9]
+        "another prompt" in notes(prompt="a red") and notes(prompt="a red", made={"prompt_cut": True}) == ""
     )
-    assert find(names, "circle") == [2, 3] and find(names, "red circle") == [1, 2, 3]
-    assert find(names, "\U0001f642") == [5, 6, 7]
-    with pytest.raises(ValueError, match="'Red' is no piece.*Its pieces are 'a', 'red', 'cir', 'cle'"):
-        find(names, "Red")
-    with pytest.raises(ValueError, match="occurrence is 4, but 'red' is there 3 times"):
-        find(names, "red", 4)
-    with pytest.raises(ValueError, match="piece is empty"):
-        find(names, " ")
-    with pytest.raises(ValueError, match="It has no pieces"):
-        find([], "red")
-
-
-def condition() -> list[Any]:
-    return [[text(), {"pooled_output": None, RECORD: sealed(record(), text(), "0")}]]
-
-
-def test_gain_on_t5_scales_one_token_and_is_recorded() -> None:
-    before = condition()
-    after, words = gain_t5(before, "red", 1, 2.0, "0")
-    assert torch.equal(after[0][0][:, 1], before[0][0][:, 1] * 2)
-    others = [place for place in range(N) if place != 1]
-    assert torch.equal(after[0][0][:, others], before[0][0][:, others])
-    made = current(after[0][1], after[0][0])
-    assert made is not None and made["gains"] == words == "'red' (token 2) times 2" and "changed" not in made
-    assert f"gain: {words}" in describe(made)
-    again, _ = gain_t5(after, "a", 1, 0.0, "0")
-    assert again[0][1][RECORD]["gains"] == f"{words}; 'a' (token 1) times 0"
-    assert torch.equal(before[0][0], text())
-
-
-def test_gain_one_is_the_same_bits() -> None:
-    before, llm = condition(), tokens()
-    assert gain_t5(before, "red", 1, 1.0, "0")[0] is before
-    assert gain_llm(llm, "query or answer", "q1", 1, 1.0)[0] is llm
-    with pytest.raises(ValueError, match="is no piece"):
-        gain_t5(before, "green", 1, 1.0, "0")
-
-
-def test_gain_on_the_llm_weighs_what_is_added() -> None:
-    """Scaling the hidden state would do nothing: Norm takes it away."""
-    module, llm = fuser(), tokens()
-    louder, words = gain_llm(llm, "answer", "a1", 1, 3.0)
-    assert words == "'a1' (token 7) times 3" and louder.made is not None and louder.made["gains"] == words
-    plain, found = (dissect(module, text(), entry) for entry in (llm, louder))
-    torch.testing.assert_close(found.decoder[6], plain.decoder[6] * 3)
-    others = [place for place in range(N) if place != 6]
-    assert torch.equal(found.decoder[others], plain.decoder[others])
-    report = token_report(found, louder, record(), TRAINED)
-    gained = [piece for piece in report["llm"]["pieces"] if piece["gain"] != 1]
-    assert [(piece["text"], piece["gain"]) for piece in gained] == [(" a1", 3.0)]
-    assert gained[0]["share"] > token_report(plain, llm, record(), TRAINED)["positions"][6]["share_llm"]
-    answers = dissect(fuser(llm_tokens="answer"), text(), louder)
-    alone = dissect(fuser(llm_tokens="answer"), text(), llm)
-    torch.testing.assert_close(answers.decoder[1], alone.decoder[1] * 3)
-
-
-def test_gain_on_what_knows_no_pieces_says_what_to_do() -> None:
-    with pytest.raises(ValueError, match="does not know its pieces.*Use T5 Encode"):
-        gain_t5([[text(), {}]], "red", 1, 2.0, "0")
-    with pytest.raises(ValueError, match="'q0' is no piece.*'a0', 'a1', 'a2'"):
-        gain_llm(tokens(), "answer", "q0", 1, 2.0)
-    with pytest.raises(ValueError, match="gain has shape"):
-        replace(tokens(), gain=torch.ones(1, 3))
+    assert "was trained on layer -1, these tokens are layer -2" in notes(layer=-2)
+    assert "layer" not in notes(replace(TRAINED, strength=0.0), layer=-2)
 
 
 # --- pictures -----------------------------------------------------------------------------------------------

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from mimir_core.inspect import cloud, draw_map
+from mimir_core.inspect import canvas, cloud, draw_map
 from mimir_core.llm import encode_prompt
 from mimir_core.pipeline import Models
 from mimir_core.tiny.parts import load_parts
@@ -42,12 +44,55 @@ def test_over_fifty_runs_query_tokens_coincide_and_answer_tokens_scatter(models:
     assert found["scatter"]["query"] == {"relative": 0.0, "identical": True}
     assert found["scatter"]["answer"]["relative"] > 0.05 and not found["scatter"]["answer"]["identical"]
     assert found["scatter"]["final"]["relative"] > 0.01 and len(found["answers"]) > 1
+    assert f"{len(found['answers'])} different answers" in cloud.summary(found)
 
 
 def test_at_temperature_zero_nothing_scatters(models: Models) -> None:
     found = cloud.token_map([reading(models, PROMPT, 0.0, 0)], runs(models, 0.0, 8), cloud.PCA).numbers
     assert all(entry == {"relative": 0.0, "identical": True} for entry in found["scatter"].values())
-    assert len(found["answers"]) == 1
+    assert len(found["answers"]) == 1 and "every answer is the same" in cloud.summary(found)
+
+
+def test_without_answers_nothing_is_said_of_their_scatter(models: Models) -> None:
+    assert models.phi is not None and models.phi_tokenizer is not None
+    llm = encode_prompt(models.phi, models.phi_tokenizer, PROMPT, (), 0)
+    none = cloud.reading(models.fuser, models.t5.encode(PROMPT).hidden, llm, range(4))
+    found = cloud.token_map([none], [none, none], cloud.PCA).numbers
+    assert found["scatter"]["answer"] == {"relative": None, "identical": True}
+    said = cloud.summary(found)
+    assert "there are no answer tokens" in said and "no answer was sampled" in said and "0.0" not in said
+    one = cloud.token_map([none], [none, reading(models, PROMPT, 0.0, 0)], cloud.PCA).numbers
+    assert "answer tokens share no place, so there is no scatter" in cloud.summary(one)
+
+
+def test_a_fuser_that_adds_nothing_leaves_t5s_points_and_no_padding(models: Models) -> None:
+    found = reading(models, PROMPT, 1.0, 0, trained=False)
+    assert len(found.added) > len(found.encoder) and torch.equal(found.final, found.encoder)
+
+
+def test_without_the_language_model_the_fused_points_are_still_the_fusers(models: Models) -> None:
+    assert models.fuser is not None and models.phi is not None and models.phi_tokenizer is not None
+    module = models.fuser.variant(replace(models.fuser.config, use_llm=False))
+    hidden = models.t5.encode(PROMPT).hidden
+    llm = encode_prompt(models.phi, models.phi_tokenizer, PROMPT, (), 4)
+    found = cloud.reading(module, hidden, llm, range(4))
+    assert torch.equal(found.final, module.branches(hidden, llm.answer)[0][0, :4])
+    assert not torch.equal(found.final, found.encoder) and found.space == "raw"
+
+
+def test_the_picture_counts_the_prompts(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    real = canvas.new_figure
+    monkeypatch.setattr(canvas, "new_figure", lambda *size: figures.append(real(*size)) or figures[-1])
+    prompts = [PROMPT, "two blue squares", "a yellow square"]
+    readings = [reading(models, text, 0.0, 0) for text in prompts]
+    draw_map.draw(cloud.token_map(readings, readings[:1] * 2, cloud.PCA), prompts)
+    (figure,) = figures
+    words = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert "a  3 prompts: every token" in words and f"\u201c{PROMPT}\u201d" in words
+    names = [[text.get_text() for text in axes.get_legend().texts] for axes in figure.axes[1:]]
+    assert names == [["T5", "Phi-3.5", "fused"], ["query", "answer", "final"]]
+    assert all("PCA 1 (1 and 2 show " in axes.get_xlabel() for axes in figure.axes[1:])
 
 
 def test_scatter_is_the_distance_from_the_mean() -> None:
@@ -58,7 +103,7 @@ def test_scatter_is_the_distance_from_the_mean() -> None:
     assert cloud.scatter(list(stack))["relative"] == pytest.approx(expected, rel=1e-4)
     ragged: Sequence[torch.Tensor] = [stack[0], stack[1, :2], stack[2, :1]]
     assert 0 < cloud.scatter(ragged)["relative"] < 2
-    assert cloud.scatter([stack[0], stack[1][:0]]) == {"relative": 0.0, "identical": False}
+    assert cloud.scatter([stack[0], stack[1][:0]]) == {"relative": None, "identical": False}
 
 
 def test_pca_is_scikit_learns() -> None:
@@ -93,7 +138,7 @@ def test_maps_repeat_and_are_drawn(models: Models, trained: bool) -> None:
             assert all(
                 torch.equal(ours.points[method][k], theirs.points[method][k]) for k in ours.points[method]
             )
-    image = draw_map.draw(first, "$x$ \U0001f642")
+    image = draw_map.draw(first, ["$x$ \U0001f642", "two blue squares", ""])
     assert image.shape[0] == 1 and image.shape[2:] == (1000, 3) and torch.isfinite(image).all()
 
 

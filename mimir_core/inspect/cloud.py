@@ -1,8 +1,8 @@
 """Where tokens lie: PCA, t-SNE and scatter, as in the paper's Figure 7 a (many prompts) and b (many answers).
 
 Encoder, language model and fused tokens are compared in the DiT's text space: the language model's as the
-fuser projects them. Without a trained projection they are as the model gives them, and the narrower kind is
-filled up with zeros.
+fuser projects them. Where it adds none of them, untrained or made so, they are as the model gives them, and
+the narrower kind is filled up with zeros.
 """
 
 import math
@@ -34,8 +34,8 @@ class Reading:
     query: Tensor  # (Lq, Dl) as the language model gives them
     answer: Tensor  # (La, Dl)
     placed: Mapping[str, Tensor]  # "query" (Lq, D) and "answer" (La, D), in the space of the map
-    added: Tensor  # (r, D) those that reach the sum, in the space of the map
-    final: Tensor  # (max(p, r), Dt) fused
+    added: Tensor  # (r, D) those that reach the sum, or would, in the space of the map
+    final: Tensor  # (max(p, r), Dt) fused; (p, Dt) where nothing is added
     space: str  # "text", or "raw"
     answer_text: str = ""
 
@@ -78,17 +78,16 @@ def reading(
     text = text[:1].to(device, torch.float32)
     states = {kind: getattr(tokens, kind)[:1].to(device, torch.float32) for kind in ("query", "answer")}
     learnt = module is not None and module.config.use_llm
+    final = text if module is None else _fused(module, text, states)
     if module is None or not learnt:
-        space, placed, added, final = "raw", states, torch.cat([*states.values()], 1), text
+        space, placed, added = "raw", states, torch.cat([*states.values()], 1)
     else:
         llm = torch.cat([states[kind] for kind in module.config.llm_tokens.split("+")], 1)
-        nothing = llm.new_zeros(1, module.config.num_instructions, module.config.llm_dim)
-        final = module(text, llm, nothing)[:, : text.shape[1]]
         space = "text"
         placed = {kind: module.llm_conv(module.normed(state)) for kind, state in states.items()}
         added = module.llm_conv(module.normed(llm))
     added = added[0, : text.shape[1]].cpu()
-    reach = max(len(read), added.shape[0])
+    reach = max(len(read), added.shape[0] if learnt else 0)
     return Reading(
         encoder=text[0, list(read)].cpu(),
         query=states["query"][0].cpu(),
@@ -99,6 +98,13 @@ def reading(
         space=space,
         answer_text=tokens.answer_text,
     )
+
+
+def _fused(module: TokenFuser, text: Tensor, states: Mapping[str, Tensor]) -> Tensor:
+    """(1, n, Dt) the fused tokens, without the instruction tokens behind them."""
+    llm = torch.cat([states[kind] for kind in module.config.llm_tokens.split("+")], 1)
+    nothing = llm.new_zeros(1, module.config.num_instructions, module.config.llm_dim)
+    return module(text, llm, nothing)[:, : text.shape[1]]
 
 
 def token_map(
@@ -148,9 +154,12 @@ def scatter(runs: Sequence[Tensor]) -> dict[str, Any]:
     """How far tokens (L, D) of the same place lie from their mean over the runs, against their size.
 
     {"relative": root mean square distance / root mean square norm, "identical": every run is the first, bit
-    for bit}. Runs may be of different length; a place that only one run has does not count.
+    for bit}. Runs may be of different length; a place that only one run has does not count, and where there
+    is no other, "relative" is None.
     """
     identical = all(torch.equal(run, runs[0]) for run in runs)
+    if sum(len(run) > 0 for run in runs) < 2:
+        return {"relative": None, "identical": identical}
     distance = size = 0.0
     for place in range(max((len(run) for run in runs), default=0)):
         group = torch.stack([run[place] for run in runs if len(run) > place]).double()
@@ -237,11 +246,18 @@ def _thinned(tokens: Tensor) -> Tensor:
 def summary(numbers: Mapping[str, Any]) -> str:
     """The scatter in one sentence."""
     found = numbers["scatter"]
-    query = (
-        "coincide exactly" if found["query"]["identical"] else f"scatter by {found['query']['relative']:.2%}"
-    )
-    return (
-        f"Over {numbers['runs']} runs the query tokens {query}, answer tokens scatter by "
-        f"{found['answer']['relative']:.1%} of their size, final tokens by {found['final']['relative']:.1%}; "
-        f"{len(numbers['answers'])} different answers."
-    )
+    parts = [_scattered(f"{kind} tokens", found[kind]) for kind in ("query", "answer", "final")]
+    count = len(numbers["answers"])
+    if not numbers["tokens"]["answer"]:
+        parts[1], answers = "there are no answer tokens", "no answer was sampled"
+    else:
+        answers = f"{count} different answers" if count > 1 else "every answer is the same"
+    return f"Over {numbers['runs']} runs {', '.join(parts)}; {answers}."
+
+
+def _scattered(name: str, entry: Mapping[str, Any]) -> str:
+    if entry["relative"] is None:
+        return f"{name} share no place, so there is no scatter"
+    if entry["identical"]:
+        return f"{name} coincide exactly"
+    return f"{name} scatter by {entry['relative']:.1%} of their size"

@@ -123,10 +123,10 @@ def histogram(values: Tensor) -> dict[str, Any]:
     }
 
 
-def range_ratio(llm: dict[str, Any], t5: dict[str, Any]) -> float:
-    """How many times as wide the language model's range is as T5's; 0 when T5's has no width."""
+def range_ratio(llm: dict[str, Any], t5: dict[str, Any]) -> float | None:
+    """How many times as wide the language model's range is as T5's; None without values or T5's width."""
     width = t5["max"] - t5["min"]
-    return rounded((llm["max"] - llm["min"]) / width) if width > 0 else 0.0
+    return rounded((llm["max"] - llm["min"]) / width) if width > 0 and llm["values"] else None
 
 
 def rounded(value: float) -> float:

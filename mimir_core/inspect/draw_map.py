@@ -1,5 +1,6 @@
 """The picture of Token Map."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -15,33 +16,32 @@ STYLES = {  # colour, marker, name
     "fused": (GREEN, "x", "fused"),
     "query": (BLUE, "o", "query"),
     "answer": (ORANGE, "^", "answer"),
-    "final": (GREEN, "x", "fused"),
+    "final": (GREEN, "x", "final"),
 }
 
 
-def draw(found: TokenMap, prompt: str) -> Tensor:
-    """(1, H, 1000, 3): prompts on the left, runs of `prompt` on the right, a row for each method."""
+def draw(found: TokenMap, prompts: Sequence[str]) -> Tensor:
+    """(1, H, 1000, 3): prompts on the left, runs of the first on the right, a row for each method."""
     numbers = found.numbers
     raw = (
         ""
         if numbers["space"] == "text"
-        else " Untrained fuser: the language model's tokens are not projected."
+        else " This fuser adds none of the language model's tokens: they are shown as it gives them."
     )
     return canvas.page(
         [
             Block(14, lambda *_: None),
-            _titles(numbers, prompt),
+            _titles(numbers["runs"], prompts),
             *(_row(found, method) for method in numbers["methods"]),
             canvas.paragraph(summary(numbers) + raw, SMALL + 1, 3),
         ]
     )
 
 
-def _titles(numbers: dict[str, Any], prompt: str) -> Block:
-    count = len(numbers.get("prompts", ())) or 1
-    left = f"a  {count} prompt{'s' * (count != 1)}: every token"
-    right = f"b  {numbers['runs']} sampled answers to one prompt"
-    quoted = canvas.wrap(f"\u201c{prompt}\u201d", SIDE, SMALL, 2)
+def _titles(runs: int, prompts: Sequence[str]) -> Block:
+    left = f"a  {len(prompts)} prompt{'s' * (len(prompts) != 1)}: every token"
+    right = f"b  {runs} sampled answers to one prompt"
+    quoted = canvas.wrap(f"\u201c{prompts[0]}\u201d", SIDE, SMALL, 2)
 
     def paint(_figure: Any, axes: Any, top: float) -> None:
         for column, title in enumerate((left, right)):
@@ -62,7 +62,7 @@ def _row(found: TokenMap, method: str) -> Block:
             axes = canvas.axes_at(figure, _left(column), top + 26, SIDE, SIDE)
             _plot(axes, cloud, method)
             share = found.numbers["variance_shown"][name]
-            axis = f"(of both: {share:.0%} of the variance)" if method == PCA else "(no unit)"
+            axis = f"(1 and 2 show {share:.0%} of the variance)" if method == PCA else "(no unit)"
             canvas.label(axes, f"{method} 1 {axis}", f"{method} 2")
             axes.yaxis.set_label_coords(-0.1, 0.5)
             canvas.key(axes, 3)

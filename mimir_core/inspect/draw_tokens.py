@@ -225,17 +225,21 @@ def _norms(report: Json) -> list[Block]:
 
     def plot(axes: Any) -> None:
         own = range(1, len(pieces) + 1)
-        axes.plot(places, [entry["t5"] for entry in positions], "-o", color=BLUE, label="T5", **style)
+        axes.plot(places, [entry["t5_before"] for entry in positions], "--x", color=canvas.SKY,
+                  label="T5", **style)  # fmt: skip
+        axes.plot(places, [entry["t5"] for entry in positions], "-o", color=BLUE,
+                  label="T5 in the sum", **style)  # fmt: skip
         axes.plot(own, [piece["norm_before"] for piece in pieces], "--^", color=INK,
-                  label="Phi-3.5 before Norm", **style)  # fmt: skip
+                  label="Phi-3.5", **style)  # fmt: skip
         axes.plot(own, [piece["norm_after"] for piece in pieces], ":v", color=canvas.PINK,
                   label="after Norm and scale", **style)  # fmt: skip
-        axes.plot(*(zip(*added) if added else ((), ())), "-s", color=ORANGE, label="as added", **style)
+        axes.plot(*(zip(*added) if added else ((), ())), "-s", color=ORANGE,
+                  label="Phi-3.5 in the sum", **style)  # fmt: skip
         if any(entry["t5"] > 0 for entry in positions):
             canvas.plain_log(axes)
         axes.set_xlim(0.5, limit + 0.5)
         canvas.label(axes, "position in the condition (token)", "Euclidean norm (log)")
-        canvas.key(axes, 4)
+        canvas.key(axes, 5)
 
     return [canvas.heading("Norms"), canvas.chart(260, plot)]
 
@@ -290,9 +294,13 @@ def _histograms(report: Json) -> list[Block]:
             axes.set_yscale("log")
             axes.set_xlim(low - 0.02 * (high - low), high + 0.02 * (high - low) + 1e-6)
             canvas.label(axes, "value", "density (log)" if column == 0 else "")
-            _numbers(axes, spread, name, f"{when} Norm and scale: {ratio[when]:.3g} times T5's range")
+            _numbers(axes, spread, name, f"{when} Norm and scale: {_times(ratio[when])}")
 
     return [canvas.heading("Values", "as in the paper's Figure 7 c and d"), Block(352, paint)]
+
+
+def _times(ratio: float | None) -> str:
+    return "no ratio of the ranges" if ratio is None else f"{ratio:.3g} times T5's range"
 
 
 T5_STYLE, LLM_STYLE = (BLUE, "T5"), (ORANGE, "Phi-3.5")

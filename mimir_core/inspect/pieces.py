@@ -44,18 +44,29 @@ def _template(text: str) -> Json:
     return {"text": text, "kind": "template", "norm": None}
 
 
-def find(pieces: Sequence[str], wanted: str, occurrence: int = 1) -> list[int]:
+def find(
+    pieces: Sequence[str],
+    wanted: str,
+    occurrence: int = 1,
+    where: str = "this prompt",
+    cut: Sequence[str] = (),
+) -> list[int]:
     """Indices of the pieces that make up the text `wanted`: one piece, or several in a row.
 
-    Spaces do not count, capital letters do. occurrence: 1 for the first, 2 ..., 0 for all. ValueError that
-    lists the pieces when the text is not there.
+    Spaces do not count, capital letters do. occurrence: 1 for the first, 2 ..., 0 for all. where: what the
+    pieces are of, in words; cut: those behind them that were never read. ValueError that lists the pieces
+    when the text is not there.
     """
     needle = "".join(wanted.split())
+    if not any(piece.strip() for piece in pieces):
+        raise ValueError(f"There are no pieces in {where}: it is empty.")
     if not needle:
-        raise ValueError(f"piece is empty: write one of the pieces of the prompt. {_listed(pieces)}")
+        raise ValueError(f"piece is empty: write a piece of {where}. {_listed(pieces)}")
     runs = _runs(["".join(piece.split()) for piece in pieces], needle)
+    if not runs and _runs(["".join(piece.split()) for piece in cut], needle):
+        raise ValueError(f"'{wanted}' was cut: the prompt is too long, and T5 never read this piece.")
     if not runs:
-        raise ValueError(f"'{wanted}' is no piece of this prompt, nor several in a row. {_listed(pieces)}")
+        raise ValueError(f"'{wanted}' is no piece of {where}, nor several in a row. {_listed(pieces)}")
     if occurrence > len(runs):
         times = "once" if len(runs) == 1 else f"{len(runs)} times"
         raise ValueError(
@@ -83,7 +94,5 @@ def _runs(texts: Sequence[str], needle: str) -> list[range]:
 
 def _listed(pieces: Sequence[str]) -> str:
     named = [f"'{piece.strip()}'" for piece in pieces if piece.strip()]
-    if not named:
-        return "It has no pieces."
     more = f" and {len(named) - LISTED} more" if len(named) > LISTED else ""
     return f"Its pieces are {', '.join(named[:LISTED])}{more}."

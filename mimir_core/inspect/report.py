@@ -1,4 +1,15 @@
-"""Inspect Tokens as plain JSON types: what was read, what it weighs, how it is spread."""
+"""Inspect Tokens as plain JSON types: what was read, what it weighs, how it is spread.
+
+Norms in it, at each position and T5 piece:
+
+    t5_before, norm_before   of T5's own token, before Z_theta
+    t5, norm                 of T5's branch in the sum: e_theta, after Z_theta
+    llm                      of what the language model adds: e_beta
+    fused                    of the sum
+
+and at each piece of the language model `norm_before` of its hidden state, `norm_after` after Norm and scale.
+`range_ratio` is the language model's range against T5's, None where one of them has none.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +18,7 @@ from typing import Any
 from ..provenance import UNKNOWN
 from ..tokens import LlmTokens
 from .dissect import Fusion, histogram, llm_shares, norms, range_ratio
+from .gain import idle_gain
 from .pieces import Json, llm_pieces, t5_pieces
 
 FORMAT = 1
@@ -53,7 +65,7 @@ def token_report(
             "format": FORMAT,
             "prompt": str(record["prompt"]) if record is not None and known else "",
             "prompt_known": known,
-            "notes": [*_remarks(record, settings), *notes],
+            "notes": [*_remarks(record, settings), *_clashes(fusion, tokens, record, settings), *notes],
             "t5": _t5(record, positions),
             "llm": _llm(fusion, tokens, positions),
             "positions": positions,
@@ -71,6 +83,7 @@ def token_report(
 def _positions(fusion: Fusion) -> list[Json]:
     length = fusion.text.shape[0]
     columns = zip(
+        norms(fusion.text),
         norms(fusion.encoder),
         norms(fusion.decoder),
         norms(fusion.fused[:length]),
@@ -78,8 +91,15 @@ def _positions(fusion: Fusion) -> list[Json]:
         strict=True,
     )
     return [
-        {"t5": t5, "llm": llm, "fused": both, "share_t5": round(1 - share, 6), "share_llm": share}
-        for t5, llm, both, share in columns
+        {
+            "t5_before": before,
+            "t5": t5,
+            "llm": llm,
+            "fused": both,
+            "share_t5": round(1 - share, 6),
+            "share_llm": share,
+        }
+        for before, t5, llm, both, share in columns
     ]
 
 
@@ -89,12 +109,15 @@ def _t5(record: Mapping[str, Any] | None, positions: list[Json]) -> Json:
     for index, piece in enumerate(pieces):
         placed = positions[index] if index < limit else None
         place = index if placed else None
-        norm, share = (placed["t5"], placed["share_t5"]) if placed else (None, None)
-        pieces[index] = {**piece, "position": place, "norm": norm, "share": share}
+        norms_and_share = {
+            name: placed[key] if placed else None
+            for name, key in (("norm_before", "t5_before"), ("norm", "t5"), ("share", "share_t5"))
+        }
+        pieces[index] = {**piece, "position": place, **norms_and_share}
     cut = int((record or {}).get("cut_tokens") or 0)
     unlisted = cut - sum(piece["kind"] == "cut" for piece in pieces)
     if cut and unlisted > 0:
-        pieces.append({**_nowhere(unlisted), "norm": None})
+        pieces.append({**_nowhere(unlisted), "norm_before": None, "norm": None})
     unknown = any(piece["kind"] == "unknown" for piece in pieces)
     read = sum(piece["kind"] in ("text", "unk", "end") for piece in pieces)
     text = str((record or {}).get("cut_text") or "")[:QUOTED]
@@ -184,6 +207,32 @@ def _remarks(record: Mapping[str, Any] | None, settings: Settings) -> Iterator[s
         yield PASSES + ("this fuser is untrained." if not settings.trained else "strength is 0.")
 
 
+def _clashes(
+    fusion: Fusion, tokens: LlmTokens, record: Mapping[str, Any] | None, settings: Settings
+) -> Iterator[str]:
+    """What the person may not have meant: two prompts, another layer, a gain that changes nothing."""
+    asked, made = str((record or {}).get("prompt", UNKNOWN)), tokens.made or {}
+    if asked != UNKNOWN and not _same_prompt(asked, tokens.prompt, bool(made.get("prompt_cut"))):
+        yield f"Phi-3.5 read another prompt than T5: '{tokens.prompt[:QUOTED]}'."
+    if made.get("gains"):
+        yield f"Gain on Phi-3.5's tokens: {made['gains']}."
+    if settings.passes:
+        return
+    config = fusion.config
+    if idle := idle_gain(tokens, config, len(fusion.text)):
+        yield idle
+    if tokens.layer != config.llm_layer and (config.use_llm or config.stabilizer):
+        yield f"The fuser was trained on layer {config.llm_layer}, these tokens are layer {tokens.layer}."
+    if not fusion.text.any() and fusion.encoder.any():
+        yield "T5's tokens are all zero: its part of the sum is only what the fuser learnt (Z_theta's bias)."
+
+
+def _same_prompt(t5: str, llm: str, cut: bool) -> bool:
+    """Spaces do not count: the language model's reading may have one more inside what looks like its tags."""
+    ours, theirs = ("".join(text.split()) for text in (t5, llm))
+    return ours.startswith(theirs) if cut else ours == theirs
+
+
 def summary(report: Json) -> str:
     """The report in one sentence or two, for the node."""
     t5, llm = report["t5"], report["llm"]
@@ -192,14 +241,26 @@ def summary(report: Json) -> str:
         "T5's pieces are not known" if t5["read"] is None else f"T5 read {t5['read']} of {t5['limit']} tokens"
     )
     cut = f" and cut {t5['cut']}" if t5["cut"] else ""
-    if not used:
-        return f"{read}{cut}; nothing of the language model is added. {' '.join(report['notes'])}".rstrip()
-    share = sum(piece["share"] for piece in used) / len(used)
-    text = (
-        f"{read}{cut}; {len(used)} tokens of the language model reach the sum, on average {share:.0%} of it. "
-        f"{' '.join(report['notes'])}"
-    )
-    return text.rstrip()
+    return f"{read}{cut}; {_added(report, used)}. {' '.join(report['notes'])}".rstrip()
+
+
+def _added(report: Json, used: Sequence[Json]) -> str:
+    """What of the language model is in the condition."""
+    appended = sum(entry["appended"] for entry in report["instructions"])
+    behind = f"behind it: {_count(appended, 'instruction token')}"
+    if used:
+        share = sum(piece["share"] for piece in used) / len(used)
+        words = (
+            f"in the sum: {_count(len(used), 'token')} of the language model, on average {share:.0%} of it"
+        )
+        return f"{words}; {behind}" if appended else words
+    if appended:
+        return f"no token of the language model is in the sum; {behind}"
+    return "nothing of the language model is added"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def _clean(value: Any) -> Any:

@@ -17,7 +17,8 @@ from ...mimir_core import weights
 from ...mimir_core.config import FUSER_PRESETS, FuserConfig, to_dict
 from ...mimir_core.fuser import TokenFuser
 from ...mimir_core.headers import fingerprint
-from ...mimir_core.provenance import NO_ORIGIN, UNKNOWN, current, unlike_training
+from ...mimir_core.inspect.gain import idle_gain
+from ...mimir_core.provenance import NO_ORIGIN, UNKNOWN, current, require_unfused, unlike_training
 from ...mimir_core.tokens import LlmTokens
 from .conditioning import fused_options
 from .files import SUFFIXES
@@ -130,8 +131,12 @@ def fuse(
     strength: float,
     window: tuple[float, float],
 ) -> tuple[list[Any], str]:
-    """The fused CONDITIONING, active inside `window` with T5 alone outside, and what was done in words."""
+    """The fused CONDITIONING, active inside `window` with T5 alone outside, and what was done in words.
+
+    ValueError where the condition is fused already: its appended tokens would be taken for T5's.
+    """
     require_range(*window)
+    require_unfused(conditioning)
     made = {"llm": _made_llm(tokens), "fuser": _made_fuser(fuser, preset, strength, window)}
     if strength == 0 or not fuser.trained or fuser.module is None or fuser.patcher is None:
         passed = [[entry[0], fused_options(entry, entry[0], **made)] for entry in conditioning]
@@ -147,8 +152,8 @@ def fuse(
         joined, masked = _with_mask(joined, entry, read)
         fused += _in_window([joined, fused_options(masked, joined, **made)], entry, window)
     lengths = conditioning[0][0].shape[1], fused[0][0].shape[1]
-    strange = _strange(fuser, conditioning[0], tokens)
-    return fused, _report(module.config, tokens, lengths, preset) + strange
+    words = _report(module.config, tokens, lengths, preset) + _strange(fuser, conditioning[0], tokens)
+    return fused, f"{words} {idle_gain(tokens, module.config, lengths[0])}".rstrip()
 
 
 def with_preset(fuser: Fuser, preset: str) -> TokenFuser:

@@ -1,6 +1,5 @@
 """Inspect Tokens, Token Map and the gains: mimir_core.inspect on the host's devices."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import comfy.model_management as management
@@ -12,7 +11,7 @@ from ...mimir_core.inspect import cloud, draw_map, draw_tokens, gain
 from ...mimir_core.inspect.dissect import Fusion, dissect
 from ...mimir_core.inspect.pieces import t5_pieces
 from ...mimir_core.inspect.report import Settings, summary, token_report
-from ...mimir_core.provenance import Record, current
+from ...mimir_core.provenance import Record, current, require_unfused
 from ...mimir_core.tokens import LlmTokens
 from . import phi, t5
 from .fuser import Fuser, with_preset
@@ -20,9 +19,6 @@ from .report import progress, require_finite
 
 METHODS = cloud.METHODS
 PARTS = list(gain.PARTS)
-FUSED = (
-    "This condition has been through Token Fuser already. Connect that of T5 Encode, and the fuser beside it."
-)
 FIRST_ENTRY = "The condition has {} parts: this is the first."
 FIRST_OF_BATCH = "There are {} prompts in the batch: this is the first."
 
@@ -43,9 +39,8 @@ def _text_of(conditioning: list[Any]) -> tuple[Tensor, Record | None, list[str]]
     if not conditioning or conditioning[0][0] is None:
         raise ValueError("The condition is empty: connect T5 Encode.")
     text, options = conditioning[0]
+    require_unfused(conditioning[:1])
     record = current(options, text)
-    if record is not None and isinstance(record.get("fuser"), Mapping):
-        raise ValueError(FUSED)
     require_finite(text, "Inspect Tokens", "Encode the prompt again with an fp16 or bf16 file of T5.")
     notes = [FIRST_ENTRY.format(len(conditioning))] if len(conditioning) > 1 else []
     notes += [FIRST_OF_BATCH.format(text.shape[0])] if text.shape[0] > 1 else []
@@ -86,7 +81,7 @@ def token_map(
         step(len(lines) + run + 1, total)
     found = cloud.token_map(over_prompts, over_runs, method, seed)
     numbers = {"prompts": lines, "temperature": temperature, "seed": seed, **found.numbers}
-    return draw_map.draw(found, lines[0]), numbers, cloud.summary(numbers)
+    return draw_map.draw(found, lines), numbers, cloud.summary(numbers)
 
 
 def _reading(
@@ -119,4 +114,4 @@ def gain_phi(
 ) -> tuple[LlmTokens, str]:
     """MIMIR_TOKENS in which a piece adds `value` times as much to the condition, and what was changed."""
     changed, words = gain.gain_llm(tokens, part, piece, occurrence, value)
-    return changed, f"Phi-3.5's {words}."
+    return changed, f"Phi-3.5's {words}. {gain.prompt_gain(changed)}".rstrip()

@@ -19,7 +19,7 @@ from ...mimir_core.config import PhiConfig
 from ...mimir_core.llm import Sampling, encode_prompt, sample
 from ...mimir_core.phi import Phi3ForCausalLM
 from ...mimir_core.scaled import dequantised, is_scaled, quantise
-from ...mimir_core.text import PhiTokenizer
+from ...mimir_core.text import PhiTokenizer, require_whole
 from ...mimir_core.tokens import LlmTokens
 from .attention import text_attention
 from .conditioning import origin_of
@@ -122,6 +122,8 @@ def encode(
     """Hidden states of the prompt, of an answer to it and of the instructions, on the intermediate device."""
     if not is_phi(clip):
         raise ValueError(NOT_PHI)
+    for name, text in (("prompt", prompt), *(("instruction", text) for text in instructions)):
+        require_whole(name, text)
     network: PhiModel = clip.cond_stage_model
     device = clip.patcher.load_device
     expected = len(prompt) // 3 + answer_tokens + 512  # tokens, roughly, with template and instructions
@@ -147,13 +149,18 @@ def encode(
     }
     settings = {"answer_length": answer_tokens, "temperature": temperature, "seed": seed}
     computed = str(compute_dtype(network.config, device)).removeprefix("torch.")
+    settings |= {"prompt_cut": True} if _is_cut(tokens, prompt) else {}
     return replace(tokens, **states, made={**origin_of(clip), "computed": computed, **settings})
+
+
+def _is_cut(tokens: LlmTokens, text: str) -> bool:
+    return len(tokens.prompt) < len(text.strip())
 
 
 def report(tokens: LlmTokens, text: str) -> str:
     """What the model answered, and whether it could read all of `text`."""
     answer = f"Phi-3.5 answered: {tokens.answer_text}" if tokens.answer_text else "Phi-3.5 gave no answer."
-    if len(tokens.prompt) >= len(text.strip()):
+    if not _is_cut(tokens, text):
         return answer
     stop = "" if answer.endswith((".", "!", "?")) else "."
     return f"{answer}{stop} The prompt was too long for it: it read up to '...{tokens.prompt[-40:]}'."

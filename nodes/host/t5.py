@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...mimir_core import weights
 from ...mimir_core.config import T5_PRESETS, T5Config
-from ...mimir_core.text import Cut, Piece, load_tokenizer, t5_pieces, t5_tokens
+from ...mimir_core.text import Cut, Piece, load_tokenizer, require_whole, t5_pieces, t5_tokens
 from .conditioning import record_text
 from .fp8 import Weights, as_they_are
 from .patcher import build_clip
@@ -63,6 +63,7 @@ def encode(clip: comfy.sd.CLIP, text: str) -> tuple[list[Any], str]:
     Takes our CLIP, or any other that holds the host's T5-XXL, of whatever type and operations (fp8, GGUF):
     its tokens are cut and padded to 226, its mask is left out, other encoders in it are not asked.
     """
+    require_whole("prompt", text)
     tokens = clip.tokenize(text, disable_weights=True)
     if NAME not in tokens:
         raise ValueError(_not_t5(tokens))

@@ -101,6 +101,17 @@ def test_the_grid_shows_what_each_variant_makes_alone(host: Client) -> None:
     assert executed.count("MimirPhiEncode") == executed.count("MimirT5Encode") == 2
 
 
+def test_a_fused_condition_is_refused(host: Client) -> None:
+    """Else the cell 'T5 only' would show the fused one."""
+    graph = Compared(host, "a green circle moves up")
+    graph.positive = graph.add(
+        "MimirTokenFuser", conditioning=graph.positive, tokens=graph.positive_tokens, fuser=graph.fuser,
+        preset="as trained", strength=1.0, start=0.0, end=1.0,
+    )  # fmt: skip
+    with pytest.raises(Failure, match="been through Token Fuser already. Connect that of T5 Encode"):
+        graph.frames(grid=graph.all_in_one("T5 only", "mimir"))
+
+
 def test_another_variant_leaves_the_others_as_they_are(host: Client) -> None:
     graph = Compared(host, "a blue square moves up")
     graph.frames(grid=graph.all_in_one("T5 only", "mimir"))

@@ -89,6 +89,15 @@ def test_a_fused_condition_is_refused(parts, run_node):
     (fused,) = run_node(nodes.MimirTokenFuser, conditioning=condition, tokens=tokens, fuser=parts[3], **FUSE)
     with pytest.raises(ValueError, match="been through Token Fuser already. Connect that of T5 Encode"):
         inspect(fused, tokens, parts[3])
+    choice = {"piece": "red", "occurrence": 1, "gain": 2.0}
+    for node, inputs in (
+        (nodes.MimirT5Gain, choice),
+        (nodes.MimirTokenFuser, {**FUSE, "tokens": tokens, "fuser": parts[3]}),
+        (nodes.MimirTokenFuser, {**FUSE, "tokens": tokens, "fuser": parts[3], "strength": 0.0}),
+    ):
+        for conditioning in (fused, [*condition, *fused]):
+            with pytest.raises(ValueError, match="been through Token Fuser already. Connect that of T5 En"):
+                run_node(node, conditioning=conditioning, **inputs)
     with pytest.raises(ValueError, match="The condition is empty"):
         inspect([], tokens, parts[3])
     with pytest.raises(ValueError, match="NaN or infinite"):
@@ -158,11 +167,83 @@ def test_gain_is_seen_in_the_video_and_gain_one_is_the_same_bits(parts, run_node
     assert made["gains"] and made["llm"]["gains"] and "changed" not in made and recorded_pieces(made)
 
 
+def said(node: Any, **inputs: Any) -> str:
+    with torch.inference_mode():
+        return node.EXECUTE_NORMALIZED(**inputs).ui.value
+
+
+def test_a_gain_that_changes_nothing_says_so(parts, run_node):
+    """The built-in fuser adds only the answer: with the node's defaults, 'red' is found in the prompt."""
+    condition, tokens = read(parts, run_node, PROMPT)
+    default = {"tokens": tokens, "part": "query or answer", "piece": "red", "occurrence": 1, "gain": 3.0}
+    (asked,) = run_node(nodes.MimirPhiGain, **default)
+    assert "a fuser that adds only the answer, as the built-in one does" in said(
+        nodes.MimirPhiGain, **default
+    )
+    assert "only the answer" not in said(nodes.MimirPhiGain, **{**default, "part": "answer"})
+    inputs = {"conditioning": condition, "fuser": parts[3], **FUSE}
+    (plain,) = run_node(nodes.MimirTokenFuser, tokens=tokens, **inputs)
+    (same,) = run_node(nodes.MimirTokenFuser, tokens=asked, **inputs)
+    assert torch.equal(plain[0][0], same[0][0])
+    assert "The gain on Phi-3.5's 'red' (token 2) changes nothing" in said(
+        nodes.MimirTokenFuser, tokens=asked, **inputs
+    )
+    assert "gain" not in said(nodes.MimirTokenFuser, tokens=tokens, **inputs)
+    notes = " ".join(inspect(condition, asked, parts[3]).ui["mimir_inspect"][0]["notes"])
+    assert "Gain on Phi-3.5's tokens: 'red' (token 2) times 3." in notes and "changes nothing" in notes
+
+
+def test_two_prompts_are_said_and_a_long_one_that_phi_cut_is_no_other(parts, run_node):
+    long = "a red circle moves left " * 4000
+    for text, other in ((PROMPT, "two green triangles"), (long, long), (HOSTILE, HOSTILE)):
+        (condition,) = run_node(nodes.MimirT5Encode, clip=parts[1], text=text)
+        tokens, _ = run_node(nodes.MimirPhiEncode, clip=parts[2], text=other, temperature=0.0, **READ)
+        notes = " ".join(inspect(condition, tokens, parts[3]).ui["mimir_inspect"][0]["notes"])
+        assert ("Phi-3.5 read another prompt than T5" in notes) == (text != other)
+        assert (tokens.made or {}).get("prompt_cut", False) == (text == long)
+
+
+def test_half_a_character_is_refused_in_a_sentence(parts, run_node):
+    words = "has half of a character at place 3 .'a ...'., perhaps an emoji that was cut in two"
+    for node, inputs in (
+        (nodes.MimirT5Encode, {"clip": parts[1], "text": "a \ud83d circle"}),
+        (nodes.MimirPhiEncode, {"clip": parts[2], "temperature": 0.0, **READ, "text": "a \ud83d circle"}),
+        (nodes.MimirPhiEncode, {"clip": parts[2], "temperature": 0.0, **READ, "text": "a",
+                                "instructions": "a \ud83d\nb\nc\nd"}),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            run_node(node, **inputs)
+
+
+def compared(monkeypatch: pytest.MonkeyPatch, labels: str, *videos: torch.Tensor) -> list[str]:
+    """The labels that Compare Prompts writes."""
+    from mimir_pack.nodes.host import compare
+
+    written: list[str] = []
+    monkeypatch.setattr(compare, "compare", lambda videos, names, columns: written.extend(names) or videos[0])
+    compare.compare_images([*videos, *[None] * (8 - len(videos))], labels, 0)
+    return written
+
+
+def test_empty_labels_and_repeated_videos(monkeypatch):
+    a, b, c = torch.rand(3, 2, 8, 8, 3)
+    for labels, expected in (
+        ("", ["a", "b", "c"]),
+        ("one\ntwo\nthree\n\n", ["one", "two", "three"]),
+        ("\ntwo\nthree", ["", "two", "three"]),
+        ("one\r\n\r\n", ["one", "", ""]),
+        ("\n\none\ntwo\nthree", ["one", "two", "three"]),
+    ):
+        assert compared(monkeypatch, labels, a, b, c) == expected
+    assert compared(monkeypatch, "T5 only\nnorm", a, a.clone()) == ["T5 only", "norm\n= T5 only, bit for bit"]
+    assert compared(monkeypatch, "\nnorm", a, a.clone()) == ["", "norm\n= video 1, bit for bit"]
+
+
 def test_a_piece_that_is_not_there_lists_those_that_are(parts, run_node):
     condition, tokens = read(parts, run_node, PROMPT)
     with pytest.raises(ValueError, match="'green' is no piece.*Its pieces are 'a', 'red', 'circle'"):
         run_node(nodes.MimirT5Gain, conditioning=condition, piece="green", occurrence=1, gain=2.0)
-    with pytest.raises(ValueError, match="'green' is no piece"):
+    with pytest.raises(ValueError, match="'green' is no piece of Phi-3.5's prompt"):
         run_node(nodes.MimirPhiGain, tokens=tokens, part="query", piece="green", occurrence=1, gain=2.0)
 
 
